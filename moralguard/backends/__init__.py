@@ -1,0 +1,1 @@
+"""What a model offers to the guard: forward passes, caches, the head, its capabilities."""

@@ -1,0 +1,58 @@
+"""Operations on transformers' ``DynamicCache``: build from tensors, select rows, drop the newest tokens.
+
+The guard keeps plain dynamic layers even for sliding-window models (their mask does the windowing), so that caches can be
+rewound and reordered freely; models with recurrent state get the cache their config asks for and are re-read instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each [R, heads, W, head_dim]."""
+
+
+def is_plain(config: PretrainedConfig) -> bool:
+    """Whether every layer keeps keys and values only, so that its cache can be cut, reordered and perturbed."""
+    layer_types = getattr(config, "layer_types", None)
+    return layer_types is None or set(layer_types) <= _ATTENTION_LAYERS
+
+
+def new_cache(config: PretrainedConfig) -> DynamicCache:
+    return DynamicCache() if is_plain(config) else DynamicCache(config=config)
+
+
+def cache_from(pairs: Sequence[KeyValue]) -> DynamicCache:
+    """A cache that starts from these tensors without copying them; updates concatenate, so the tensors stay as they are."""
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer = DynamicLayer()
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        cache.layers.append(layer)
+    return cache
+
+
+def key_values(cache: DynamicCache) -> list[KeyValue]:
+    """Keys and values of every layer, [R, heads, W, head_dim] each."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
+    """Keep and reorder rows in place; an index may repeat (a fork)."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+def drop_newest(cache: DynamicCache, tokens: int) -> None:
+    """Forget the newest tokens of every row."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., :-tokens, :], layer.values[..., :-tokens, :]

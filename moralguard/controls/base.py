@@ -1,0 +1,99 @@
+"""What a control is: settings (a frozen pydantic model) and, once bound to a model, pure functions of a step.
+
+A control keeps no state between steps. What it must remember of a request it declares as columns, tensors with one row a
+request, which the session moves, forks and drops with the request.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from moralguard.backends.capabilities import Capabilities
+from moralguard.backends.hf import LanguageModel
+from moralguard.decoding.passes import Pass
+from moralguard.decoding.step import Columns, Step
+from moralguard.decoding.terms import Terms
+from moralguard.schema import StrictModel
+from moralguard.values import Value
+
+
+class Control(StrictModel, ABC):
+    """Settings of one method. Subclasses are pydantic models; policies name them as ``name@version``.
+
+    Class attributes:
+        control_name: the name in policies.
+        version: grows when the meaning of saved settings changes.
+    """
+
+    control_name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @classmethod
+    def versioned_name(cls) -> str:
+        return f"{cls.control_name}@{cls.version}"
+
+    @property
+    @abstractmethod
+    def active(self) -> bool:
+        """False at strength 0: the control, its filter and its passes are left out entirely."""
+
+    @property
+    def needs(self) -> Capabilities:
+        """What it asks of the backend."""
+        return Capabilities()
+
+    @abstractmethod
+    def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Any]:
+        """Check the settings against a model and prepare everything that doesn't depend on a request.
+
+        Args:
+            lm: the base model.
+            values: the policy's values, for controls that derive their prompts from them.
+
+        Raises:
+            PolicyError: the settings don't fit this model.
+            ModelError: an expert can't be loaded or doesn't fit.
+        """
+
+
+SettingsT = TypeVar("SettingsT", bound=Control)
+
+
+class BoundControl(ABC, Generic[SettingsT]):
+    """A control bound to a model: immutable, shared by all requests and threads.
+
+    Attributes:
+        settings: the control's settings.
+        lm: the base model.
+        passes: the auxiliary passes that every request needs.
+    """
+
+    def __init__(self, settings: SettingsT, lm: LanguageModel, passes: tuple[Pass, ...] = ()):
+        self.settings = settings
+        self.lm = lm
+        self.passes = passes
+
+    @property
+    def name(self) -> str:
+        return self.settings.control_name
+
+    def columns(self, step: Step) -> Columns:
+        """State of fresh requests at their first step, tensors [R, ...]; nothing by default."""
+        return {}
+
+    @abstractmethod
+    def terms(self, step: Step) -> Terms:
+        """This control's terms; a pure function: the same step gives the same terms."""
+
+    def commit(self, step: Step, carry: Columns, tokens: torch.Tensor) -> Columns:
+        """The state after tokens i64[R] were drawn; the only place where state advances. Unchanged by default.
+
+        Args:
+            step: the step the tokens were drawn at; its passes still stand there.
+            carry: ``terms(step).carry``.
+            tokens: i64[R].
+        """
+        return step.columns

@@ -1,0 +1,102 @@
+"""DExperts: contrast of an expert and an anti-expert on the base's nucleus."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, WithJsonSchema, field_validator
+
+from moralguard.backends.capabilities import Capabilities
+from moralguard.backends.hf import LanguageModel
+from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.experts import Prompt, bind_expert
+from moralguard.decoding.passes import Pass
+from moralguard.decoding.step import Step
+from moralguard.decoding.terms import Keep, Mix, Terms
+from moralguard.errors import PolicyError
+from moralguard.values import Value
+
+Expert = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "description": "model folder, GGUF file, LoRA adapter folder or Hugging Face id"},
+                {"type": "object", "properties": {"prompt": {"type": ["string", "array"]}}, "required": ["prompt"]},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+class DExperts(Control):
+    """z' = nucleus(z, filter_p) + alpha (z+ - z-), on raw logits, before temperature.
+
+    Liu et al. 2021 (arXiv 2105.03023), equation 1 and section 2; defaults of the toxicity experiments. Only the base is filtered.
+    Without an expert (anti-only) z+ is the unfiltered base: (1 + alpha) z - alpha z-. Without an anti-expert z- is the unfiltered
+    base: the authors' code gives NaN there (the filter runs in place on the logits it later subtracts); this follows the paper.
+
+    Args:
+        expert: z+; a Prompt on the base's own weights, a model, a LoRA adapter folder, a folder, GGUF file or hub id, or None.
+        anti_expert: z-; likewise. With both None the prompts are derived from the policy's values.
+        alpha: strength; 0 deactivates.
+        filter_p: nucleus of the base that stays, in (0, 1]; 1 keeps everything.
+    """
+
+    control_name: ClassVar[str] = "dexperts"
+
+    expert: Expert = None
+    anti_expert: Expert = None
+    alpha: Annotated[float, Field(ge=0)] = 2.0
+    filter_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    @field_validator("expert", "anti_expert", mode="before")
+    @classmethod
+    def _read_prompt(cls, expert: Any) -> Any:
+        return Prompt(**expert) if isinstance(expert, dict) else expert
+
+    @property
+    def active(self) -> bool:
+        return self.alpha != 0
+
+    @property
+    def needs(self) -> Capabilities:
+        return Capabilities(auxiliary=True)
+
+    def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundDExperts:
+        expert, anti_expert = self.expert, self.anti_expert
+        if expert is None and anti_expert is None:
+            if not values:
+                raise PolicyError("dexperts has neither an expert nor an anti-expert, and the policy names no value to derive them from")
+            expert = Prompt("".join(value.keeping_prefix() for value in values))
+            anti_expert = Prompt("".join(value.violating_prefix() for value in values))
+        return BoundDExperts(
+            self,
+            lm,
+            None if expert is None else bind_expert(expert, lm, "dexperts expert"),
+            None if anti_expert is None else bind_expert(anti_expert, lm, "dexperts anti_expert"),
+        )
+
+
+class BoundDExperts(BoundControl[DExperts]):
+    def __init__(self, settings: DExperts, lm: LanguageModel, expert: Pass | None, anti_expert: Pass | None):
+        super().__init__(settings, lm, tuple(p for p in (expert, anti_expert) if p is not None))
+        self.expert, self.anti_expert = expert, anti_expert
+
+    def terms(self, step: Step) -> Terms:
+        alpha = step.weight(self.settings.alpha)
+        keep = Keep(top_p=self.settings.filter_p)
+        sources, weights = [], []
+        if self.expert is not None:
+            sources.append(step.of(self.expert).logits)
+            weights.append(alpha)
+        if self.anti_expert is not None:
+            sources.append(step.of(self.anti_expert).logits)
+            weights.append(-alpha)
+        base_weight = None
+        if self.expert is None:
+            base_weight = alpha
+        elif self.anti_expert is None:
+            base_weight = -alpha
+        return Terms((keep, Mix(tuple(sources), tuple(weights), base_weight)))

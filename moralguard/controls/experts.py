@@ -1,0 +1,94 @@
+"""Experts: where the extra logits of a contrast come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import field_validator
+
+from moralguard.backends.hf import LanguageModel
+from moralguard.backends.lora import is_adapter_folder, load_adapter
+from moralguard.backends.prompts import encode_words
+from moralguard.decoding.passes import Pass
+from moralguard.errors import ModelError, PolicyError
+from moralguard.schema import StrictModel
+
+
+class Prompt(StrictModel):
+    """An expert made of the base's own weights and a text in front of the request's text.
+
+    Attributes:
+        prompt: text, or token ids that go in front exactly as given. Text goes behind a beginning-of-text token and inside the
+            first turn of a chat, so that templates stay intact.
+    """
+
+    prompt: str | tuple[int, ...]
+
+    def __init__(self, prompt: str | Sequence[int], **data: Any):
+        super().__init__(prompt=prompt if isinstance(prompt, str) else tuple(prompt), **data)
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_empty(cls, prompt: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if not prompt:
+            raise PolicyError("an empty Prompt is the base itself; give some text or token ids")
+        return prompt
+
+    def bind(self, lm: LanguageModel, where: str) -> Pass:
+        if isinstance(self.prompt, tuple):
+            bad = next((i for i in self.prompt if not 0 <= i < lm.vocab_size), None)
+            if bad is not None:
+                raise PolicyError(f"{where} holds token id {bad}, outside the vocabulary of {lm.name} (0 to {lm.vocab_size - 1})")
+            return Pass(lm, self.prompt, literal=True)
+        if lm.tokenizer is None:
+            raise PolicyError(f"{where} is text, but {lm.name} was given without a tokenizer; give token ids or (model, tokenizer)")
+        return Pass(lm, tuple(encode_words(lm, self.prompt)))
+
+
+def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
+    """The pass of an expert: a ``Prompt``, a model, (model, tokenizer), a LoRA adapter folder, a local folder, GGUF file or hub id.
+
+    Raises:
+        ModelError: it can't be loaded or has another vocabulary.
+        PolicyError: its type is none of these.
+    """
+    if isinstance(expert, Prompt):
+        return expert.bind(lm, where)
+    if isinstance(expert, (str, Path)) and is_adapter_folder(expert):
+        return Pass(lm, adapter=load_adapter(expert, lm))
+    other = as_language_model(expert, where)
+    check_same_vocabulary(lm, other, where)
+    return Pass(other)
+
+
+def as_language_model(source: Any, where: str) -> LanguageModel:
+    if isinstance(source, LanguageModel):
+        return source
+    if isinstance(source, (str, Path)):
+        from moralguard.models import load_model
+
+        return load_model(str(source))
+    if isinstance(source, tuple) and len(source) == 2:
+        return LanguageModel(*source)
+    if hasattr(source, "generate") and hasattr(source, "config"):
+        return LanguageModel(source)
+    raise PolicyError(
+        f"{where} is a {type(source).__name__}; expected Prompt(...), a model, (model, tokenizer), a LoRA adapter folder, a model "
+        "folder, a GGUF file or a Hugging Face id"
+    )
+
+
+def check_same_vocabulary(lm: LanguageModel, expert: LanguageModel, where: str) -> None:
+    """Logits can be combined only if token i means the same in both models."""
+    if expert.vocab_size != lm.vocab_size:
+        raise ModelError(
+            f"{where} ({expert.name}) has {expert.vocab_size} vocabulary entries, but {lm.name} has {lm.vocab_size}; logits are "
+            "combined token by token, so use an expert with the base model's tokenizer"
+        )
+    if lm.tokenizer is not None and expert.tokenizer is not None and lm.tokenizer.get_vocab() != expert.tokenizer.get_vocab():
+        raise ModelError(
+            f"{where} ({expert.name}) has as many vocabulary entries as {lm.name}, but other tokens; use an expert with the base "
+            "model's tokenizer"
+        )

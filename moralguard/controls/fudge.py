@@ -1,0 +1,170 @@
+"""FUDGE: a future discriminator re-weighs the base's most probable candidates."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, WithJsonSchema, field_validator
+from safetensors.torch import load_file
+
+from moralguard.backends.capabilities import Capabilities
+from moralguard.backends.hf import LanguageModel
+from moralguard.controls.base import BoundControl, Control
+from moralguard.decoding.step import Step
+from moralguard.decoding.terms import Sparse, Terms
+from moralguard.errors import PolicyError
+from moralguard.values import Value
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredHead:
+    """A future discriminator in factored form: logit P(v | y_<=t, w) = (query h_t) . (key e_w) + linear . e_w + bias.
+
+    One small product scores every next token; h_t is the base's last hidden state, e_w the unembedding of candidate w.
+
+    Attributes:
+        query: f[k, d].
+        key: f[k, d].
+        linear: f[d] or None: the part that depends on the candidate alone.
+        bias: scalar.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    linear: torch.Tensor | None = None
+    bias: float = 0.0
+
+    @classmethod
+    def load(cls, path: str | Path) -> FactoredHead:
+        """From a safetensors file (or a folder with head.safetensors) holding query, key and optionally linear and bias."""
+        file = Path(path) / "head.safetensors" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise PolicyError(
+                f"fudge discriminator {str(path)!r} isn't there; expected a safetensors file or a folder with head.safetensors"
+            )
+        tensors = load_file(file)
+        missing = {"query", "key"} - tensors.keys()
+        if missing:
+            raise PolicyError(f"{file} lacks {', '.join(sorted(missing))}; a factored head holds query [k, d] and key [k, d]")
+        bias = float(tensors["bias"].reshape(-1)[0]) if "bias" in tensors else 0.0
+        return cls(tensors["query"], tensors["key"], tensors.get("linear"), bias)
+
+
+FutureDiscriminator = Callable[..., torch.Tensor]
+"""(token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] of P(v | prefix, candidate)."""
+
+Discriminator = Annotated[Any, WithJsonSchema({"type": "string", "description": "safetensors file or pack folder with a factored head"})]
+
+
+class Fudge(Control):
+    """z' = z + strength * log sigmoid(c) on the base's top_k candidates, the rest removed.
+
+    Yang & Klein 2021 (arXiv 2104.05218), equation 2; c is the future discriminator's logit for prefix and candidate. The authors'
+    ``c - log(1 + e^c)`` is -inf for c > 88.7; ``logsigmoid`` isn't.
+
+    Args:
+        discriminator: a callable (token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] with
+            left-padded rows, a ``FactoredHead``, or the path of one.
+        strength: lambda of the paper: 1.0, 4.0 for topics; 0 deactivates.
+        top_k: candidates that are scored (the paper's precondition_topk).
+    """
+
+    control_name: ClassVar[str] = "fudge"
+
+    discriminator: Discriminator
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=1)] = 200
+
+    @field_validator("discriminator")
+    @classmethod
+    def _read_discriminator(cls, discriminator: Any) -> Any:
+        if isinstance(discriminator, (str, Path)):
+            return FactoredHead.load(discriminator)
+        if isinstance(discriminator, FactoredHead) or callable(discriminator):
+            return discriminator
+        raise PolicyError(
+            f"discriminator is a {type(discriminator).__name__}; expected a callable (token_ids, candidates, attention_mask=...) -> "
+            "logits, a FactoredHead, or the path of one"
+        )
+
+    @property
+    def active(self) -> bool:
+        return self.strength != 0
+
+    @property
+    def needs(self) -> Capabilities:
+        return Capabilities(hidden=isinstance(self.discriminator, FactoredHead), history=True)
+
+    def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Fudge]:
+        if isinstance(self.discriminator, FactoredHead):
+            return FactoredFudge(self, lm, self.discriminator)
+        return CallableFudge(self, lm)
+
+
+class _BoundFudge(BoundControl[Fudge]):
+    def terms(self, step: Step) -> Terms:
+        # The released code takes exactly top_k candidates, whichever of tied ones comes first.
+        top = torch.topk(step.logits, min(self.settings.top_k, step.logits.shape[-1]), dim=-1)
+        scores = self.score(step, top.indices)
+        if scores.shape != top.indices.shape:
+            raise ValueError(f"the discriminator gave logits of shape {tuple(scores.shape)}; expected {tuple(top.indices.shape)}")
+        bias = self.settings.strength * torch.nn.functional.logsigmoid(scores.float())
+        return Terms((Sparse(top.indices, bias, keep_rest=False),))
+
+    @abstractmethod
+    def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+        """Discriminator logits f[R, C]."""
+
+
+class CallableFudge(_BoundFudge):
+    def __init__(self, settings: Fudge, lm: LanguageModel):
+        super().__init__(settings, lm)
+        self._mask_keyword = _mask_keyword(settings.discriminator)
+
+    def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+        keywords = {self._mask_keyword: step.mask} if self._mask_keyword else {}
+        return self.settings.discriminator(step.history, candidates, **keywords).to(step.logits.device)
+
+
+class FactoredFudge(_BoundFudge):
+    def __init__(self, settings: Fudge, lm: LanguageModel, head: FactoredHead):
+        super().__init__(settings, lm)
+        if lm.head is None:
+            raise PolicyError(f"fudge needs the unembedding of {lm.name}, which has no head of a known form")
+        width = lm.head.weight.shape[1]
+        for name, matrix in (("query", head.query), ("key", head.key)):
+            if matrix.ndim != 2 or matrix.shape[1] != width:
+                raise PolicyError(
+                    f"fudge {name} has shape {tuple(matrix.shape)}; {lm.name} has hidden states of {width}: expected [k, {width}]"
+                )
+        self._query = head.query.to(lm.device, torch.float32)
+        self._keys = lm.head.project(head.key.T)  # f32[V, k]
+        self._offset = torch.full((lm.vocab_size,), head.bias, device=lm.device)
+        if head.linear is not None:
+            self._offset = self._offset + lm.head.project(head.linear[:, None])[:, 0]
+
+    def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+        if step.hidden is None:
+            raise RuntimeError("fudge with a factored head needs hidden states")
+        query = step.hidden.float() @ self._query.T
+        keys = self._keys[candidates]
+        return torch.einsum("rck,rk->rc", keys, query) + self._offset[candidates]
+
+
+def _mask_keyword(function: FutureDiscriminator) -> str | None:
+    """The keyword by which a callable takes the mask, or None where it takes none."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return "attention_mask"
+    if "attention_mask" in parameters:
+        return "attention_mask"
+    if "mask" in parameters:
+        return "mask"
+    return "attention_mask" if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else None

@@ -1,0 +1,176 @@
+"""The guard's own decode loop: base rows and auxiliary passes in one forward, noise that is a pure function of the request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+import moralguard_kernels as ops
+from moralguard.backends.hf import LanguageModel
+from moralguard.controls.base import BoundControl
+from moralguard.decoding.counters import Counters
+from moralguard.decoding.gate import Gate
+from moralguard.decoding.grad import plain_no_grad
+from moralguard.decoding.records import Completion
+from moralguard.decoding.session import Outcome, Session
+from moralguard.decoding.settings import DecodingSettings
+from moralguard.trace.attribution import trace_step
+
+
+@dataclass(frozen=True)
+class LoopContext:
+    """What stays the same over a call of ``generate``.
+
+    Attributes:
+        open_on_error: a failed control is passed over (and counted) instead of ending its request.
+        values: control -> ids of the values it acts for, for the trace.
+        trace: whether to record every token.
+    """
+
+    lm: LanguageModel
+    controls: tuple[BoundControl, ...]
+    settings: DecodingSettings
+    gate: Gate | None
+    open_on_error: bool
+    counters: Counters
+    values: dict[str, list[str]]
+    trace: bool
+    seed: int
+
+
+def noise_key(seed: int, prompt: Sequence[int], return_index: int) -> int:
+    """64-bit key of a request's noise: it depends on nothing else, so a text is the same alone and in any batch."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(seed.to_bytes(16, "little", signed=True))
+    digest.update(return_index.to_bytes(8, "little"))
+    digest.update(b"".join(int(i).to_bytes(4, "little") for i in prompt))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def grad_mode(controls: Sequence[BoundControl]) -> AbstractContextManager[None]:
+    """Inference mode, unless a control needs tensors that autograd can use."""
+    needs_grad = any(control.settings.needs.grad for control in controls)
+    return plain_no_grad() if needs_grad else torch.inference_mode()
+
+
+def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tuple[int, int]]:
+    """Run requests to their end, filling them in; yields (index of the request, token id) as tokens come."""
+    context.counters.add(requests=len(requests))
+    unique = {tuple(request.prompt_ids): None for request in requests}
+    order = {prompt: i for i, prompt in enumerate(unique)}
+    # Gradient modes are entered anew for every piece of work: a generator must not leak them into its caller between yields.
+    with grad_mode(context.controls):
+        session = Session(context.lm, context.controls, list(unique), own_base=True, gate=context.gate)
+        if len(unique) < len(requests) or len(requests) > 1:
+            session.select(torch.tensor([order[tuple(request.prompt_ids)] for request in requests]))
+    running = list(range(len(requests)))
+    keys = torch.tensor(
+        [noise_key(context.seed, request.prompt_ids, request.return_index) for request in requests],
+        device=context.lm.device,
+    )
+    while running:
+        with grad_mode(context.controls):
+            ended, drawn = _step(context, session, [requests[i] for i in running], keys)
+        for slot, token in drawn:
+            yield running[slot], token
+        with grad_mode(context.controls):
+            stay = torch.tensor([slot for slot in range(len(running)) if slot not in ended], dtype=torch.int64)
+            running = [running[int(slot)] for slot in stay]
+            if not running:
+                return
+            if ended:
+                session.select(stay)
+                keys = keys[stay.to(keys.device)]
+            room = session.room
+            if room is not None and room < 1:
+                for i in running:
+                    requests[i].finish_reason = "length"
+                return
+            session.advance()
+
+
+def _step(
+    context: LoopContext, session: Session, requests: Sequence[Completion], keys: torch.Tensor
+) -> tuple[set[int], list[tuple[int, int]]]:
+    """Draw one token for every request: (slots that ended, (slot, token) of the tokens drawn)."""
+    settings = context.settings
+    outcome = session.step(temperature=1.0 if settings.greedy else settings.temperature)
+    ended = _handle_failures(context, outcome, requests)
+    positions = torch.tensor([len(r.prompt_ids) + len(r.token_ids) for r in requests], device=keys.device)
+    tokens = draw(outcome.logits, settings, keys, positions)
+    emptied = torch.isneginf(outcome.logits).all(-1)
+    if bool(emptied.any()):
+        ended |= _handle_emptied(context, outcome, requests, emptied, tokens, keys, positions)
+    records = []
+    if context.trace:
+        counterfactual = draw(outcome.base, settings, keys, positions)
+        names = [control.name for control in session.controls]
+        records = trace_step(outcome, tokens, counterfactual, positions, names, context.values, context.lm.spell)
+    session.commit(tokens)
+    drawn = []
+    for slot, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+        if slot in ended:
+            continue
+        request.token_ids.append(token)
+        drawn.append((slot, token))
+        if records:
+            request.trace.append(records[slot])
+        if token in context.lm.eos_token_ids:
+            request.finish_reason = "stop"
+            ended.add(slot)
+        elif len(request.token_ids) >= settings.max_new_tokens:
+            request.finish_reason = "length"
+            ended.add(slot)
+    context.counters.add(tokens_emitted=len(drawn), rows_guarded=session.rows, rows_touched=int(outcome.touched.sum()))
+    return ended, drawn
+
+
+def draw(logits: torch.Tensor, settings: DecodingSettings, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Tokens i64[R]: the most probable one (lowest id on ties), or an exact draw from the warped law."""
+    if settings.greedy:
+        return ops.sanitize_logits(logits).argmax(-1)
+    warped = ops.warp(ops.sanitize_logits(logits), settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+    return ops.gumbel_argmax(warped, keys, positions)
+
+
+def _handle_failures(context: LoopContext, outcome: Outcome, requests: Sequence[Completion]) -> set[int]:
+    if not outcome.failures:
+        return set()
+    if context.open_on_error:
+        context.counters.add(failed_open=len(outcome.failures))
+        return set()
+    for failure in outcome.failures:
+        message = f"{type(failure.error).__name__}: {failure.error}"
+        _end_with_error(requests[failure.row], failure.control, message, failure.error)
+    ended = {failure.row for failure in outcome.failures}
+    context.counters.add(failed_closed=len(ended))
+    return ended
+
+
+def _handle_emptied(
+    context: LoopContext,
+    outcome: Outcome,
+    requests: Sequence[Completion],
+    emptied: torch.Tensor,
+    tokens: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+) -> set[int]:
+    """Rows in which the controls removed every token: an error, or the base's own token where the policy fails open."""
+    rows = emptied.nonzero().squeeze(-1)
+    if context.open_on_error:
+        tokens[rows] = draw(outcome.base[rows], context.settings, keys[rows], positions[rows])
+        context.counters.add(failed_open=len(rows))
+        return set()
+    for row in rows.tolist():
+        _end_with_error(requests[row], "rectification", "the controls together removed every token; loosen a filter or a strength")
+    context.counters.add(failed_closed=len(rows))
+    return set(rows.tolist())
+
+
+def _end_with_error(request: Completion, control: str, message: str, cause: Exception | None = None) -> None:
+    request.finish_reason, request.failed_control, request.error, request.cause = "guard_error", control, message, cause

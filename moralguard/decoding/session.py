@@ -1,0 +1,268 @@
+"""A batch of running requests under one set of bound controls: their passes, their columns, one rectification a step.
+
+The own decode loop, transformers' logits processor and ``attach`` all drive a session: they give it (or let it compute) the base
+logits of a step, draw tokens, and commit them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from moralguard.backends.hf import LanguageModel
+from moralguard.controls.base import BoundControl
+from moralguard.decoding.gate import Gate
+from moralguard.decoding.history import Continuation
+from moralguard.decoding.passes import Pass, PassTable
+from moralguard.decoding.rectification import Rectified, rectify
+from moralguard.decoding.step import Columns, Step
+from moralguard.decoding.terms import Terms
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A control that raised for one row."""
+
+    row: int
+    control: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A rectified step.
+
+    Attributes:
+        base: f32[R, V] logits of the unguarded model.
+        logits: f32[R, V] guarded logits; untouched rows are the base's own.
+        touched: bool[R].
+        terms: what each control added, in the controls' order, for the trace.
+        failures: controls that raised; their rows hold the law of the remaining controls.
+    """
+
+    base: torch.Tensor
+    logits: torch.Tensor
+    touched: torch.Tensor
+    terms: tuple[Terms, ...]
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass
+class _Pending:
+    """The step that waits for its tokens."""
+
+    step: Step
+    terms: list[Terms] = field(default_factory=list)
+
+
+class Session:
+    """R requests that started together.
+
+    Args:
+        lm: the base model.
+        controls: bound, active controls.
+        prompts: token ids of the requests, none empty.
+        own_base: the session runs the base's rows itself (own loop); otherwise each step is given the base logits.
+        gate: when controls act.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        controls: Sequence[BoundControl],
+        prompts: Sequence[Sequence[int]],
+        *,
+        own_base: bool,
+        gate: Gate | None = None,
+    ):
+        self.lm, self.controls, self.gate = lm, tuple(controls), gate
+        self._base_pass = Pass(lm) if own_base else None
+        hidden = any(control.settings.needs.hidden for control in self.controls)
+        passes = [item for control in self.controls for item in control.passes]
+        if self._base_pass is not None:
+            passes.insert(0, self._base_pass)
+        self.table = PassTable(passes, prompts, hidden_for=lm if own_base and hidden else None)
+        self._restart(prompts)
+
+    def _restart(self, prompts: Sequence[Sequence[int]]) -> None:
+        width = max(len(prompt) for prompt in prompts)
+        device = self.lm.device
+        self.history = torch.zeros(len(prompts), width, dtype=torch.int64)
+        self.mask = torch.zeros_like(self.history)
+        for i, prompt in enumerate(prompts):
+            self.history[i, width - len(prompt) :] = torch.as_tensor(prompt)
+            self.mask[i, width - len(prompt) :] = 1
+        self.history, self.mask = self.history.to(device), self.mask.to(device)
+        self.generated = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self.columns: list[Columns | None] = [None] * len(self.controls)
+        self.disabled = torch.zeros(len(self.controls), len(prompts), dtype=torch.bool)
+        self._pending: _Pending | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.history.shape[0]
+
+    def step(
+        self,
+        base: torch.Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        hidden: torch.Tensor | None = None,
+        head_logits: torch.Tensor | None = None,
+    ) -> Outcome:
+        """Rectify the logits at the newest position of every request.
+
+        Args:
+            base: f32[R, V]; not given where the session runs the base itself.
+            temperature: what will be applied afterwards (PPLM's fusion needs it).
+            hidden, head_logits: of the base, where the caller has them.
+        """
+        if self._base_pass is not None:
+            view = self.table.view(self._base_pass)
+            base = view.logits
+            if view.group.hidden is not None:
+                hidden, head_logits = view.hidden, view.head_logits
+        if base is None:
+            raise RuntimeError("this session doesn't run the base model: give the base logits")
+        step = Step(
+            logits=base,
+            temperature=torch.full((self.rows,), temperature, device=base.device),
+            history=self.history,
+            mask=self.mask,
+            generated=self.generated,
+            hidden=hidden,
+            head_logits=head_logits,
+            view=self.table.view,
+        )
+        self._pending = _Pending(step)
+        if not self.controls:
+            return Outcome(base, base, torch.zeros(self.rows, dtype=torch.bool, device=base.device), ())
+        open_rows = None if self.gate is None else self.gate.open_rows(step)
+        try:
+            if self.disabled.any():
+                raise _DisabledError
+            terms = [self._gated(self._terms_of(i, step), open_rows) for i in range(len(self.controls))]
+            rectified, failures = rectify(base, terms), ()
+        except Exception:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
+            rectified, terms, failures = self._row_by_row(step, open_rows)
+        self._pending = replace(self._pending, terms=terms)
+        return Outcome(base, rectified.logits, rectified.touched, tuple(terms), tuple(failures))
+
+    def _terms_of(self, index: int, step: Step) -> Terms:
+        control = self.controls[index]
+        if self.columns[index] is None:
+            self.columns[index] = control.columns(step)
+        return control.terms(replace(step, columns=self.columns[index]))
+
+    @staticmethod
+    def _gated(terms: Terms, open_rows: torch.Tensor | None) -> Terms:
+        if open_rows is None:
+            return terms
+        return replace(terms, rows=open_rows if terms.rows is None else terms.rows & open_rows)
+
+    def _row_by_row(self, step: Step, open_rows: torch.Tensor | None) -> tuple[Rectified, list[Terms], list[Failure]]:
+        """Every row alone: a control that raises is left out of that row, for good."""
+        failures: list[Failure] = []
+        rectified: list[Rectified] = []
+        carries: list[list[Columns | None]] = [[] for _ in self.controls]
+        for row in range(self.rows):
+            single, terms = step.row(row), []
+            for index, control in enumerate(self.controls):
+                carry: Columns | None = None
+                if not self.disabled[index, row]:
+                    try:
+                        columns = self.columns[index] or control.columns(step)
+                        self.columns[index] = columns
+                        mine = {name: value[row : row + 1] for name, value in columns.items()}
+                        added = control.terms(replace(single, columns=mine))
+                        gated = self._gated(added, None if open_rows is None else open_rows[row : row + 1])
+                        rectify(single.logits, [gated])
+                        terms.append(gated)
+                        carry = added.carry
+                    except Exception as error:
+                        failures.append(Failure(row, control.name, error))
+                        self.disabled[index, row] = True
+                carries[index].append(carry)
+            rectified.append(rectify(single.logits, terms))
+        joined = Rectified(torch.cat([r.logits for r in rectified]), torch.cat([r.touched for r in rectified]))
+        return joined, [Terms(carry=_join(carry)) for carry in carries], failures
+
+    def commit(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> None:
+        """Record the drawn tokens i64[n]; ``parents`` i64[n] are the rows they extend (beams), None for one a row.
+
+        The passes don't read the tokens yet: ``advance`` does, so that requests that are over cost nothing more.
+        """
+        if self._pending is None:
+            raise RuntimeError("commit follows step")
+        pending, self._pending = self._pending, None
+        if parents is not None:
+            self.select(parents)
+        for index, control in enumerate(self.controls):
+            columns = self.columns[index]
+            if columns is None or not pending.terms:
+                continue
+            step = pending.step if parents is None else pending.step.select(parents)
+            carry = pending.terms[index].carry
+            if parents is not None:
+                carry = {name: value[parents.to(value.device)] for name, value in carry.items()}
+            self.columns[index] = control.commit(replace(step, columns=columns), carry, tokens)
+        tokens = tokens.to(self.history.device)
+        self.history = torch.cat([self.history, tokens[:, None]], dim=-1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(self.rows, 1)], dim=-1)
+        self.generated = self.generated + 1
+
+    def advance(self) -> None:
+        """Let every pass read the newest committed token."""
+        self.table.advance(self.history[:, -1:])
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep and reorder requests (i64[n]; an index may repeat: a fork)."""
+        self.table.select(rows)
+        index = rows.to(self.history.device)
+        self.history, self.mask, self.generated = self.history[index], self.mask[index], self.generated[index]
+        self.disabled = self.disabled[:, rows.cpu()]
+        self.columns = [
+            None if columns is None else {name: value[rows.to(value.device)] for name, value in columns.items()} for columns in self.columns
+        ]
+
+    def rewind(self, found: Continuation, histories: Sequence[Sequence[int]]) -> None:
+        """Forget the newest tokens of the parents and read others instead; histories are the unpadded ids afterwards."""
+        self._pending = None
+        if found.parents is not None:
+            self.select(found.parents)
+        self.generated = self.generated + found.tokens.shape[1] - found.dropped
+        tokens = found.tokens.to(self.history.device)
+        kept = self.history.shape[1] - found.dropped
+        self.history = torch.cat([self.history[:, :kept], tokens], -1)
+        self.mask = torch.cat([self.mask[:, :kept], self.mask.new_ones(tokens.shape)], -1)
+        if not self.table.rewindable:
+            self.table.reread(histories)
+            return
+        if found.dropped:
+            self.table.rewind(found.dropped)
+        self.table.advance(tokens)
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that still fit every pass's context; None where nothing limits them."""
+        rooms = [group.lm.context_length - max(group.lengths) for group in self.table.groups if group.lm.context_length is not None]
+        return min(rooms) if rooms else None
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a control keeps columns, which can't be rewound."""
+        return any(bool(columns) for columns in self.columns)
+
+
+class _DisabledError(Exception):
+    """Some control is disabled in some row: the step is run row by row."""
+
+
+def _join(carries: Sequence[Columns | None]) -> Columns:
+    """One carry for the batch; rows in which the control failed borrow a neighbour's, as nobody will read it."""
+    known = next((carry for carry in carries if carry), None)
+    if known is None:
+        return {}
+    return {name: torch.cat([(carry or known)[name] for carry in carries]) for name in known}

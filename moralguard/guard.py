@@ -1,0 +1,232 @@
+"""Guard: a policy bound to a model."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moralguard.attachment import attach
+from moralguard.backends.hf import LanguageModel
+from moralguard.backends.prompts import PromptLike, encode_prompt, is_single
+from moralguard.controls.base import BoundControl, Control
+from moralguard.decoding.counters import Counters
+from moralguard.decoding.loop import LoopContext, decode
+from moralguard.decoding.records import Completion, GenerationResult
+from moralguard.decoding.settings import DecodingSettings
+from moralguard.errors import ControlError, PolicyError, UnsupportedPathError
+from moralguard.models import load_model
+from moralguard.policy import Policy
+from moralguard.processor import GuardLogitsProcessor
+from moralguard.self_diagnosis import self_diagnose
+from moralguard.text_stream import TextStream
+
+
+class Guard:
+    """Binds a policy to a model; immutable and safe to share between threads.
+
+    Args:
+        policy: a Policy, a built-in name, the path of a YAML or JSON file, or a dict.
+        model: what ``load_model`` returns or takes: a causal LM, (model, tokenizer), a folder, a GGUF file, an id. The tokenizer
+            may be None where prompts are token ids and no control needs text.
+
+    Attributes:
+        policy: the policy.
+        lm: the model as the guard sees it.
+        controls: the bound controls that act (strength not 0).
+        counters: what was emitted, guarded and passed over since the guard was built.
+
+    Raises:
+        PolicyError: the policy can't be used, or a control needs what the model lacks (both are named).
+        ModelError: a model can't be loaded or guarded.
+    """
+
+    def __init__(self, policy: Policy | str | Path | dict[str, Any], model: Any):
+        self.policy = Policy.load(policy)
+        self.lm: LanguageModel = load_model(model)
+        self.counters = Counters()
+        self.controls: tuple[BoundControl, ...] = tuple(
+            bind_control(control, self.lm, self.policy) for control in self.policy.effective_controls() if control.active
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(control.name for control in self.controls) or "no control"
+        return f"Guard(policy={self.policy.name!r}, model={self.lm.name!r}, controls=[{names}])"
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        seed: int | None = None,
+        trace: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> GenerationResult:
+        """Continue prompts under the guard.
+
+        Args:
+            prompts: one prompt or a list of them: texts, token ids, or chats ``[{"role": ..., "content": ...}]``.
+            seed: of the noise; with the same seed a prompt gives the same text, alone or in any batch. None draws one.
+            trace: record what happened at every token.
+            progress: called with (continuations done, continuations in all).
+            settings: max_new_tokens, do_sample, temperature, top_k, top_p, min_p, num_return_sequences, batch_size; what isn't
+                given comes from the policy's decoding defaults.
+
+        Raises:
+            PromptError: a prompt is empty, too long, or of a wrong type. Nothing was generated.
+            ControlError: a control failed and the policy fails closed. Other requests were finished; ``.result`` holds everything.
+        """
+        decoding = self._decoding_settings(settings)
+        requests = self._requests(prompts, decoding)
+        seed = secrets.randbits(63) if seed is None else int(seed)
+        context = self._context(decoding, seed, trace)
+        for start in range(0, len(requests), decoding.batch_size):
+            for _ in decode(context, requests[start : start + decoding.batch_size]):
+                pass
+            if progress is not None:
+                progress(min(start + decoding.batch_size, len(requests)), len(requests))
+        result = self._result(requests, seed, trace)
+        failed = next((request for request in requests if request.error is not None), None)
+        if failed is not None:
+            raise ControlError(
+                f"control {failed.failed_control!r} failed after {len(failed.token_ids)} tokens and policy {self.policy.name!r} fails "
+                f"closed: {failed.error}. What was generated is in this error's .result; `on_error: open` would go on without the control",
+                failed.failed_control or "",
+                result,
+            ) from failed.cause
+        return result
+
+    async def agenerate(self, prompts: PromptLike | Sequence[PromptLike], **arguments: Any) -> GenerationResult:
+        """``generate`` without blocking the event loop: the same arguments, the same text."""
+        return await asyncio.to_thread(self.generate, prompts, **arguments)
+
+    def stream(self, prompt: PromptLike, *, seed: int | None = None, **settings: Any) -> Iterator[str]:
+        """Pieces of one continuation's text as they come; joined, they are the text that ``generate`` gives.
+
+        Raises:
+            PromptError, ControlError: as ``generate``; the pieces yielded until then stand.
+        """
+        decoding = self._decoding_settings({**settings, "num_return_sequences": 1})
+        if not is_single(prompt):
+            raise PolicyError("stream takes one prompt; use generate for several")
+        if self.lm.tokenizer is None:
+            raise PolicyError(f"stream yields text, but {self.lm.name} was given without a tokenizer; use generate and its token_ids")
+        requests = self._requests(prompt, decoding)
+        context = self._context(decoding, secrets.randbits(63) if seed is None else int(seed), False)
+        return self._pieces(context, requests[0])
+
+    def _pieces(self, context: LoopContext, request: Completion) -> Iterator[str]:
+        text = TextStream(self.lm.tokenizer)
+        for _, token in decode(context, [request]):
+            if piece := text.push(token):
+                yield piece
+        if piece := text.flush():
+            yield piece
+        if request.error is not None:
+            raise ControlError(
+                f"control {request.failed_control!r} failed after {len(request.token_ids)} tokens: {request.error}",
+                request.failed_control or "",
+            ) from request.cause
+
+    async def astream(self, prompt: PromptLike, **arguments: Any) -> AsyncIterator[str]:
+        """``stream`` for async code: the same pieces."""
+        pieces = self.stream(prompt, **arguments)
+        done = object()
+        while (piece := await asyncio.to_thread(next, pieces, done)) is not done:
+            yield str(piece)
+
+    def logits_processor(self, attention_mask: Any = None) -> GuardLogitsProcessor:
+        """A logits processor for any transformers ``generate()``: greedy, sampling, beams, several return sequences, assisted.
+
+        Args:
+            attention_mask: i64[B, T] of the prompts, for loops of your own. Under transformers' ``generate`` the mask is found
+                without it; elsewhere left padding is told by leading pad tokens.
+
+        Raises:
+            UnsupportedPathError: a control needs hidden states or gradients, which transformers doesn't hand to processors; use ``attach``.
+        """
+        for control in self.controls:
+            needs = control.settings.needs
+            missing = [name for name in ("hidden", "grad", "cache") if getattr(needs, name)]
+            if missing:
+                raise UnsupportedPathError(
+                    f"control {control.name!r} needs {', '.join(missing)}, which a logits processor doesn't get; use "
+                    "`with guard.attach(model): model.generate(...)` or guard.generate(...)"
+                )
+        return GuardLogitsProcessor(self.lm, self.controls, self.policy.gate, self._open, self.counters, attention_mask=attention_mask)
+
+    def attach(self, model: Any = None) -> AbstractContextManager[Any]:
+        """Inside, ``model.generate`` is guarded by every control; afterwards the model is exactly as before.
+
+        Args:
+            model: the guard's own model (the default).
+
+        Raises:
+            UnsupportedPathError: another model, one that is already attached, or a way of generating that the guard can't cover.
+        """
+        return attach(self.lm, self.controls, self.policy.gate, self._open, self.counters, model)
+
+    @property
+    def _open(self) -> bool:
+        return self.policy.on_error == "open"
+
+    def _decoding_settings(self, settings: dict[str, Any]) -> DecodingSettings:
+        defaults = self.policy.decoding.model_dump(exclude_none=True)
+        return DecodingSettings(**{**defaults, **settings})
+
+    def _requests(self, prompts: Any, decoding: DecodingSettings) -> list[Completion]:
+        batch = [prompts] if is_single(prompts) else list(prompts)
+        encoded = [encode_prompt(self.lm, prompt, f"prompt {i}" if len(batch) > 1 else "the prompt") for i, prompt in enumerate(batch)]
+        return [Completion(ids, index) for ids in encoded for index in range(decoding.num_return_sequences)]
+
+    def _context(self, decoding: DecodingSettings, seed: int, trace: bool) -> LoopContext:
+        ids = [value.id for value in self.policy.values]
+        return LoopContext(
+            lm=self.lm,
+            controls=self.controls,
+            settings=decoding,
+            gate=self.policy.gate,
+            open_on_error=self._open,
+            counters=self.counters,
+            values={control.name: ids for control in self.controls},
+            trace=trace,
+            seed=seed,
+        )
+
+    def _result(self, requests: Sequence[Completion], seed: int, trace: bool) -> GenerationResult:
+        tokenizer = self.lm.tokenizer
+        texts = ["" if tokenizer is None else tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in requests]
+
+        def score() -> np.ndarray:
+            return self_diagnose(self.lm, texts, self.policy.values)
+
+        return GenerationResult(
+            texts=texts,
+            token_ids=[r.token_ids for r in requests],
+            prompt_ids=[r.prompt_ids for r in requests],
+            finish_reasons=[r.finish_reason for r in requests],
+            errors=[r.error for r in requests],
+            traces=[r.trace for r in requests] if trace else None,
+            seed=seed,
+            _score=score,
+        )
+
+
+def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundControl[Any]:
+    """Bind one control, after comparing what it needs with what the model offers.
+
+    Raises:
+        PolicyError: a capability is missing, or the settings don't fit.
+    """
+    missing = control.needs.missing_from(lm.capabilities)
+    if missing:
+        raise PolicyError(
+            f"control {control.versioned_name()} of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} "
+            f"({type(lm.model).__name__}) doesn't offer; drop the control or use another model"
+        )
+    return control.bind(lm, policy.values)

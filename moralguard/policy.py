@@ -1,0 +1,177 @@
+"""Policies: the values a text must keep and the controls that enforce them, as data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, PlainSerializer, SkipValidation, WithJsonSchema, field_validator, model_validator
+
+from moralguard.controls.base import Control
+from moralguard.controls.registry import control_class, control_names, read_control, write_control
+from moralguard.decoding.gate import Gate
+from moralguard.errors import PolicyError
+from moralguard.schema import StrictModel, nearest
+from moralguard.values import Value
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+AnyControl = Annotated[
+    SkipValidation[Control],
+    BeforeValidator(read_control),
+    PlainSerializer(write_control),
+    WithJsonSchema({"type": "object", "properties": {"control": {"type": "string"}}, "required": ["control"]}),
+]
+
+
+class DecodingDefaults(StrictModel):
+    """Decoding settings that apply where a call names none; None leaves moralguard's own default."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Policy(StrictModel):
+    """A frozen policy.
+
+    Attributes:
+        name, description: for people.
+        values: what the text must keep. Ids are distinct.
+        controls: how it is enforced, in any order; None derives a prompted contrast and self-debiasing prefixes from the values.
+        on_error: "closed" ends a request whose control fails, with an error; "open" passes over the failure and counts it.
+        decoding: defaults of ``guard.generate``.
+        gate: when the controls act; always, without one.
+    """
+
+    name: str = "custom"
+    description: str = ""
+    values: tuple[Value, ...] = ()
+    controls: tuple[AnyControl, ...] | None = None
+    on_error: Literal["closed", "open"] = "closed"
+    decoding: DecodingDefaults = DecodingDefaults()
+    gate: Gate | None = None
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _read_values(cls, values: Any) -> Any:
+        if not isinstance(values, (list, tuple)):
+            raise PolicyError(f"values is a {type(values).__name__}; expected a list of statements or of {{id, statement}}")
+        return tuple(Value.from_statement(v) if isinstance(v, str) else v for v in values)
+
+    @model_validator(mode="after")
+    def _distinct_ids(self) -> Policy:
+        ids = [value.id for value in self.values]
+        repeated = sorted({i for i in ids if ids.count(i) > 1})
+        if repeated:
+            raise PolicyError(f"policy {self.name!r} has several values with id {', '.join(repeated)}; ids are distinct")
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any] | Policy) -> Policy:
+        """A policy from a built-in name, the path of a YAML or JSON file, a dict, or another policy.
+
+        Raises:
+            PolicyError: no such policy, or it can't be read; names the key and the nearest known one.
+        """
+        if isinstance(source, Policy):
+            return source
+        if isinstance(source, dict):
+            return cls(**{str(key): value for key, value in source.items()})
+        path = Path(source)
+        if path.suffix.lower() in _SUFFIXES:
+            if not path.is_file():
+                raise PolicyError(
+                    f"policy file {str(source)!r} isn't there; give an existing file or a built-in name: {', '.join(built_in_policies())}"
+                )
+            return cls._parse(path.read_text(encoding="utf-8"), str(path))
+        if str(source) not in built_in_policies():
+            raise PolicyError(
+                f"there is no built-in policy {str(source)!r}; {nearest(str(source), built_in_policies())} (a file ends in .yaml or .json)"
+            )
+        return cls._parse(_built_in_text(str(source)), f"built-in policy {source}")
+
+    @classmethod
+    def _parse(cls, text: str, where: str) -> Policy:
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PolicyError(f"{where} isn't YAML or JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise PolicyError(f"{where} holds a {type(data).__name__}; expected a mapping with values, controls, ...")
+        try:
+            return cls(**{str(key): value for key, value in data.items()})
+        except PolicyError as error:
+            raise PolicyError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_values(cls, *statements: str) -> Policy:
+        """A policy of nothing but value statements; its controls are derived from them."""
+        return cls(name="values", values=statements)  # type: ignore[arg-type]
+
+    def effective_controls(self) -> tuple[Control, ...]:
+        """The controls that run: the named ones, or those derived from the values. Listing one object twice counts once."""
+        if self.controls is None:
+            return _controls_for_values() if self.values else ()
+        distinct: dict[int, Control] = {id(control): control for control in self.controls}
+        return tuple(distinct.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that ``Policy.load`` reads back.
+
+        Raises:
+            PolicyError: a control holds a tensor, a model or a function.
+        """
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"controls"})
+        if self.controls is not None:
+            data["controls"] = [write_control(control) for control in self.controls]
+        return {key: value for key, value in data.items() if value not in ("", {}, []) or key == "controls"}
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the policy's data."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _controls_for_values() -> tuple[Control, ...]:
+    return (control_class("dexperts")(alpha=1.0), control_class("self-debias")())
+
+
+def built_in_policies() -> list[str]:
+    """Names of the policies that come with moralguard."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def _built_in_text(name: str) -> str:
+    return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _folder() -> Any:
+    return resources.files("moralguard") / "policies"
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON schema of a policy file, the settings of every known control included."""
+    schema = Policy.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    options = []
+    for name in sorted(control_names()):
+        found = control_class(name)
+        settings = found.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(settings.pop("$defs", {}))
+        settings["properties"] = {"control": {"enum": [found.versioned_name(), name]}} | settings.get("properties", {})
+        settings["required"] = ["control", *settings.get("required", [])]
+        definitions[found.__name__] = settings
+        options.append({"$ref": f"#/$defs/{found.__name__}"})
+    schema["properties"]["controls"] = {"anyOf": [{"type": "array", "items": {"oneOf": options}}, {"type": "null"}]}
+    return schema

@@ -1,0 +1,39 @@
+"""Text from tokens as they come, never a broken character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Turns tokens into pieces of text whose concatenation is the decoded whole.
+
+    Tokens are decoded together with those before them (a tokenizer may join or space them), and text is held back while it ends
+    in a replacement character, which a later token may complete.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._told = ""
+
+    def push(self, token: int) -> str:
+        """Text that is certain now, possibly empty."""
+        self._ids.append(token)
+        text = self._decode()
+        if text.endswith(_REPLACEMENT) or not text.startswith(self._told):
+            return ""
+        return self._tell(text)
+
+    def flush(self) -> str:
+        """What was held back."""
+        return self._tell(self._decode())
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+
+    def _tell(self, text: str) -> str:
+        piece, self._told = text[len(self._told) :], text
+        return piece

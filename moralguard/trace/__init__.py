@@ -1,0 +1,1 @@
+"""What the guard did, token by token."""
