@@ -13,7 +13,7 @@ import numpy as np
 
 from moralguard.attachment import attach
 from moralguard.backends.hf import LanguageModel
-from moralguard.backends.prompts import PromptLike, encode_prompt, is_single
+from moralguard.backends.prompts import PromptLike, as_batch, encode_prompt, is_single
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.loop import LoopContext, decode
@@ -180,7 +180,7 @@ class Guard:
         return DecodingSettings(**{**defaults, **settings})
 
     def _requests(self, prompts: Any, decoding: DecodingSettings) -> list[Completion]:
-        batch = [prompts] if is_single(prompts) else list(prompts)
+        batch = as_batch(prompts)
         encoded = [encode_prompt(self.lm, prompt, f"prompt {i}" if len(batch) > 1 else "the prompt") for i, prompt in enumerate(batch)]
         return [Completion(ids, index) for ids in encoded for index in range(decoding.num_return_sequences)]
 
@@ -223,7 +223,7 @@ def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundCo
     Raises:
         PolicyError: a capability is missing, or the settings don't fit.
     """
-    missing = control.needs.missing_from(lm.capabilities)
+    missing = lm.missing(control.needs)
     if missing:
         raise PolicyError(
             f"control {control.versioned_name()} of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} "

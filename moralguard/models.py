@@ -50,7 +50,7 @@ def load_model(
         elif path.suffix.lower() == ".gguf":
             if not path.is_file():
                 raise ModelError(f"GGUF file {name!r} isn't there")
-            model, tokenizer = read_gguf(path, torch.float32 if resolved == "auto" else resolved)
+            model, tokenizer = read_gguf(path, resolved if isinstance(resolved, torch.dtype) else torch.float32)
         else:
             if path.exists() and not (path / "config.json").is_file():
                 raise ModelError(f"{name!r} has no config.json; expected the folder of a Hugging Face model, or a .gguf file")

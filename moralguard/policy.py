@@ -114,7 +114,7 @@ class Policy(StrictModel):
     @classmethod
     def from_values(cls, *statements: str) -> Policy:
         """A policy of nothing but value statements; its controls are derived from them."""
-        return cls(name="values", values=statements)  # type: ignore[arg-type]
+        return cls(name="values", values=statements)
 
     def effective_controls(self) -> tuple[Control, ...]:
         """The controls that run: the named ones, or those derived from the values. Listing one object twice counts once."""
@@ -144,7 +144,7 @@ class Policy(StrictModel):
 
 
 def _controls_for_values() -> tuple[Control, ...]:
-    return (control_class("dexperts")(alpha=1.0), control_class("self-debias")())
+    return (read_control({"control": "dexperts@1", "alpha": 1.0}), read_control({"control": "self-debias@1"}))
 
 
 def built_in_policies() -> list[str]:

@@ -57,7 +57,7 @@ class GuardLogitsProcessor(LogitsProcessor):
         self.rows_guarded = 0
         self.steps = 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Guarded scores f[R, V] for ids i64[R, T] and scores f[R, V].
 
         Raises:

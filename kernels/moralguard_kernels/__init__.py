@@ -6,6 +6,7 @@
 from .philox import gumbel_noise, philox4x32
 from .reference import (
     attenuation_delta,
+    entropy,
     finite_or_zero,
     gumbel_argmax,
     kl_divergence,
@@ -13,6 +14,8 @@ from .reference import (
     min_p_threshold,
     mix_delta,
     rectify,
+    row_products,
+    row_sums,
     sanitize_logits,
     top_k_threshold,
     top_p_threshold,
@@ -21,6 +24,7 @@ from .reference import (
 
 __all__ = [
     "attenuation_delta",
+    "entropy",
     "finite_or_zero",
     "gumbel_argmax",
     "gumbel_noise",
@@ -30,6 +34,8 @@ __all__ = [
     "mix_delta",
     "philox4x32",
     "rectify",
+    "row_products",
+    "row_sums",
     "sanitize_logits",
     "top_k_threshold",
     "top_p_threshold",

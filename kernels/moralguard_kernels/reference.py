@@ -17,8 +17,8 @@ import torch
 
 from .philox import gumbel_noise
 
-# A nucleus is first looked for among this many largest logits; rows that need more are sorted in full (the result is the same).
-_NUCLEUS_FIRST_LOOK = 512
+# A nucleus is looked for among so many largest logits, then among more; what is left is sorted in full (the result is the same).
+_NUCLEUS_LOOKS = (512, 4096)
 
 
 def _working(logits: torch.Tensor) -> torch.Tensor:
@@ -51,9 +51,24 @@ def mix_delta(
     return finite_or_zero(delta)
 
 
+def row_products(matrix: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """matrix [n, m] times each row of vectors [R, m]: [R, n], with the same bits for a row alone and in any batch.
+
+    A product of matrices picks its kernel, and so its rounding, by the batch; a product with one vector (in memory of its own, as
+    alignment matters too) doesn't.
+    """
+    return torch.stack([matrix @ vector.clone() for vector in vectors.to(matrix.dtype)])
+
+
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sum of each row of [R, n], with the same bits for a row alone and in any batch: threads share a long row only when it is
+    summed alone."""
+    return torch.stack([row.sum() for row in values])
+
+
 def low_rank_delta(projection: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """coefficients [R, r] times projection [V, r] transposed: [R, V]; the low-rank edit of a linear head."""
-    return coefficients.to(projection.dtype) @ projection.T
+    return row_products(projection, coefficients)
 
 
 def attenuation_delta(
@@ -98,19 +113,22 @@ def top_p_threshold(logits: torch.Tensor, p: float | torch.Tensor) -> torch.Tens
     z = _working(logits)
     rows, vocabulary = z.shape
     p_row = torch.as_tensor(p, dtype=z.dtype, device=z.device).reshape(-1, 1).expand(rows, 1)
-    total = torch.logsumexp(z, -1, keepdim=True)
-    look = min(vocabulary, _NUCLEUS_FIRST_LOOK)
-    threshold, complete = _nucleus_threshold(torch.topk(z, look, dim=-1).values, total, p_row)
-    if look < vocabulary and not bool(complete.all()):
-        missing = (~complete).squeeze(-1).nonzero().squeeze(-1)
-        full = torch.sort(z[missing], dim=-1, descending=True).values
-        threshold = threshold.index_copy(0, missing, _nucleus_threshold(full, total[missing], p_row[missing])[0])
+    # softmax reduces each row in one order whatever the batch, which logsumexp doesn't
+    probabilities = torch.softmax(z, -1)
+    threshold = torch.empty_like(z[:, :1])
+    pending = torch.arange(rows, device=z.device)
+    for look in (*(n for n in _NUCLEUS_LOOKS if n < vocabulary), vocabulary):
+        largest = torch.topk(z[pending], look, dim=-1)
+        found, complete = _nucleus_threshold(largest.values, probabilities[pending].gather(-1, largest.indices), p_row[pending])
+        threshold[pending] = found
+        pending = pending[~complete.squeeze(-1)]
+        if not len(pending):
+            break
     return torch.where(p_row >= 1, torch.full_like(threshold, float("-inf")), threshold)
 
 
-def _nucleus_threshold(largest: torch.Tensor, total: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nucleus boundary among the sorted largest logits [R, n]; complete says that the boundary lies inside them."""
-    mass = torch.exp(largest - total)
+def _nucleus_threshold(largest: torch.Tensor, mass: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nucleus boundary among the sorted largest logits [R, n] of these masses; complete says that it lies inside them."""
     before = mass.cumsum(-1) - mass
     # The mass strictly above a group of ties is the mass before its first member.
     first_of_ties = torch.ones_like(largest, dtype=torch.bool)
@@ -158,7 +176,8 @@ def rectify(
     removed = torch.isneginf(logits)
     for threshold in thresholds:
         removed = removed | (logits < threshold)
-    return rectified.masked_fill(removed, float("-inf"))
+    # an overflowing sum stays the largest number, as +inf would make every softmax NaN
+    return rectified.clamp(max=torch.finfo(rectified.dtype).max).masked_fill(removed, float("-inf"))
 
 
 def warp(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
@@ -168,7 +187,7 @@ def warp(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: 
     """
     z = _working(logits)
     if temperature != 1.0:
-        z = z / temperature
+        z = (z / temperature).clamp(max=torch.finfo(z.dtype).max)
     if top_k:
         z = z.masked_fill(z < top_k_threshold(z, top_k), float("-inf"))
     if top_p < 1.0:
@@ -200,11 +219,17 @@ def gumbel_argmax(logits: torch.Tensor, seed: torch.Tensor, position: torch.Tens
         ids, order = ids.sort(-1)
         scores = scores.gather(-1, order)
     noisy = scores + gumbel_noise(seed, position, ids).to(scores)
-    return ids.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+    drawn = ids.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+    return drawn.masked_fill(torch.isneginf(logits).all(-1), 0)
 
 
 def kl_divergence(guarded: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(guarded || base) in nats, [R], of softmax(guarded) against softmax(base); 0 * log 0 = 0."""
     log_guarded, log_base = torch.log_softmax(guarded, -1), torch.log_softmax(base, -1)
     gap = torch.where(torch.isneginf(log_guarded), torch.zeros_like(log_guarded), log_guarded - log_base)
-    return (log_guarded.exp() * gap).sum(-1).clamp(min=0)
+    return row_sums(log_guarded.exp() * gap).clamp(min=0)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of softmax(logits) in nats, [R]."""
+    return row_sums(torch.special.entr(torch.softmax(_working(logits), -1)))

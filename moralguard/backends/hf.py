@@ -97,10 +97,13 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
-    @cached_property
-    def capabilities(self) -> Capabilities:
+    def missing(self, needs: Capabilities) -> list[str]:
+        """Names of the capabilities in ``needs`` that this model lacks."""
         plain = is_plain(self.model.config.get_text_config())
-        return Capabilities(hidden=self.head is not None, grad=plain, cache=plain, history=True, auxiliary=True, per_request=True)
+        # the head is looked for (a short forward pass) only where it is asked for
+        hidden = needs.hidden and self.head is not None
+        offered = Capabilities(hidden=hidden, grad=plain, cache=plain, history=True, auxiliary=True, per_request=True)
+        return needs.missing_from(offered)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -158,6 +161,9 @@ class LanguageModel:
     def capture(self, states: bool = False) -> Iterator[Captured]:
         """Catch the head's input and output (and every position's state) in this thread's forward passes while inside."""
         captured, owner, handles = Captured(), threading.get_ident(), []
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{self.name} ({type(self.model).__name__}) has no output embeddings, so hidden states can't be read")
 
         def on_head(_module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if threading.get_ident() == owner:
@@ -168,7 +174,7 @@ class LanguageModel:
                 captured.states = output[0]
 
         try:
-            handles.append(self.model.get_output_embeddings().register_forward_hook(on_head))
+            handles.append(head.register_forward_hook(on_head))
             if states:
                 handles.append(self.model.base_model.register_forward_hook(on_decoder))
             yield captured

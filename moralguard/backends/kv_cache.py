@@ -7,6 +7,7 @@ rewound and reordered freely; models with recurrent state get the cache their co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
@@ -40,19 +41,27 @@ def cache_from(pairs: Sequence[KeyValue]) -> DynamicCache:
 
 
 def key_values(cache: DynamicCache) -> list[KeyValue]:
-    """Keys and values of every layer, [R, heads, W, head_dim] each."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    """Keys and values of every layer of a plain cache, [R, heads, W, head_dim] each."""
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
     """Keep and reorder rows in place; an index may repeat (a fork)."""
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    cache.reorder_cache(rows)  # type: ignore[arg-type]
 
 
 def drop_newest(cache: DynamicCache, tokens: int) -> None:
-    """Forget the newest tokens of every row."""
-    for layer in cache.layers:
+    """Forget the newest tokens of every row of a plain cache."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if layer.is_initialized:
             layer.keys, layer.values = layer.keys[..., :-tokens, :], layer.values[..., :-tokens, :]
+
+
+def drop_oldest(cache: DynamicCache, columns: int) -> None:
+    """Forget the oldest columns of a plain cache: padding that no row uses any more."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., columns:, :], layer.values[..., columns:, :]

@@ -70,7 +70,7 @@ def load_adapter(path: str | Path, lm: LanguageModel) -> LoraAdapter:
         if name not in modules or set(pair) != {"A", "B"}:
             raise ModelError(f"{folder} adapts module {name!r}, which {lm.name} doesn't have; the adapter is of another model")
         a, b = pair["A"], pair["B"]
-        shape = tuple(modules[name].weight.shape)  # type: ignore[union-attr]
+        shape = tuple(modules[name].weight.shape)
         if {a.shape[1], b.shape[0]} != set(shape):
             raise ModelError(f"{folder}: module {name!r} is {shape} in {lm.name}, but the adapter maps {a.shape[1]} to {b.shape[0]}")
         weights.append((modules[name], a.to(lm.device, lm.dtype), b.to(lm.device, lm.dtype), scale))

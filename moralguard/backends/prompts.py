@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,7 +29,28 @@ def is_single(prompts: Any) -> bool:
         return True
     if isinstance(prompts, torch.Tensor):
         return prompts.ndim == 1
-    return bool(prompts) and isinstance(prompts[0], int)
+    return isinstance(prompts, (list, tuple)) and bool(prompts) and isinstance(prompts[0], Integral)
+
+
+def as_batch(prompts: Any) -> list[Any]:
+    """A list of prompts, whether one was given or several.
+
+    Raises:
+        PromptError: it is empty, no list, or a padded tensor, whose padding nothing tells.
+    """
+    if is_single(prompts):
+        return [prompts]
+    if isinstance(prompts, torch.Tensor):
+        if prompts.ndim != 2 or prompts.shape[0] != 1:
+            raise PromptError(
+                f"a tensor of shape {tuple(prompts.shape)} doesn't say which ids are padding; give a list with each prompt's unpadded ids"
+            )
+        return [prompts[0]]
+    if not isinstance(prompts, (list, tuple)):
+        raise PromptError(f"prompts is a {type(prompts).__name__}; expected a string, token ids, a chat, or a list of these")
+    if not prompts:
+        raise PromptError("there is no prompt; give at least one")
+    return list(prompts)
 
 
 def encode_prompt(lm: LanguageModel, prompt: PromptLike, where: str) -> list[int]:
@@ -41,8 +63,8 @@ def encode_prompt(lm: LanguageModel, prompt: PromptLike, where: str) -> list[int
         prompt = prompt.tolist()
     if isinstance(prompt, str) or is_chat(prompt):
         ids = _encode_text(lm, prompt, where)  # type: ignore[arg-type]
-    elif isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+    elif isinstance(prompt, (list, tuple)) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in prompt):
+        ids = [int(i) for i in prompt]
     else:
         raise PromptError(f"{where} is a {type(prompt).__name__}; expected a string, a list of token ids or a list of messages")
     if not ids:

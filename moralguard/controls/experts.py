@@ -59,6 +59,8 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
     if isinstance(expert, (str, Path)) and is_adapter_folder(expert):
         return Pass(lm, adapter=load_adapter(expert, lm))
     other = as_language_model(expert, where)
+    if other.model is lm.model:
+        return Pass(lm)
     check_same_vocabulary(lm, other, where)
     return Pass(other)
 

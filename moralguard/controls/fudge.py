@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, WithJsonSchema, field_validator
 from safetensors.torch import load_file
 
+import moralguard_kernels as ops
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl, Control
@@ -152,9 +153,9 @@ class FactoredFudge(_BoundFudge):
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         if step.hidden is None:
             raise RuntimeError("fudge with a factored head needs hidden states")
-        query = step.hidden.float() @ self._query.T
-        keys = self._keys[candidates]
-        return torch.einsum("rck,rk->rc", keys, query) + self._offset[candidates]
+        queries = ops.row_products(self._query, step.hidden.float())
+        scores = torch.stack([self._keys[ids] @ query for ids, query in zip(candidates, queries.unbind(), strict=True)])
+        return scores + self._offset[candidates]
 
 
 def _mask_keyword(function: FutureDiscriminator) -> str | None:

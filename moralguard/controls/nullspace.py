@@ -26,7 +26,7 @@ _BIAS_NUCLEUS = 0.7
 _BIAS_BAND = (-0.1, 0.15)
 _LEAST_KEEP = 0.6
 
-Array = Annotated[Any, WithJsonSchema({"type": "string", "description": "safetensors file with basis [d, r] (or U_in, U_out, mu)"})]
+Array = Annotated[Any, WithJsonSchema({"type": "string", "description": "safetensors file: basis [d, r], or U_in, U_out, mu"})]
 
 
 class NullspaceProjection(Control):
@@ -60,7 +60,8 @@ class NullspaceProjection(Control):
             u_in, u_out, mu = (_as_tensor(part) for part in basis)
             if u_in.ndim != 2 or u_in.shape != u_out.shape or mu.shape != u_in.shape[:1]:
                 raise PolicyError(
-                    f"a LEACE basis is (U_in [d, r], U_out [d, r], mu [d]); got {tuple(u_in.shape)}, {tuple(u_out.shape)}, {tuple(mu.shape)}"
+                    "a LEACE basis is (U_in [d, r], U_out [d, r], mu [d]); got shapes "
+                    f"{tuple(u_in.shape)}, {tuple(u_out.shape)}, {tuple(mu.shape)}"
                 )
             return (u_in, u_out, mu)
         u = _as_tensor(basis)
@@ -88,7 +89,7 @@ class NullspaceProjection(Control):
         R_i = projector on the row space of W_i; P = I - projector on the row space of sum_i R_i (Ravfogel et al., algorithm 1).
         """
         rows = [_as_tensor(w).reshape(-1, _as_tensor(w).shape[-1]).double() for w in weights]
-        total = sum(_row_space(w) @ _row_space(w).T for w in rows)
+        total = torch.stack([_row_space(w) @ _row_space(w).T for w in rows]).sum(0)
         return cls(basis=_row_space(total).float(), **settings)
 
     def projection(self) -> torch.Tensor:
@@ -145,7 +146,7 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
         if self.cosines is None:
             return step.weight(self.settings.keep)
         nucleus = step.logits >= ops.top_p_threshold(step.logits, _BIAS_NUCLEUS)
-        bias = (step.probabilities * nucleus) @ self.cosines
+        bias = ops.row_products(self.cosines[None], step.probabilities * nucleus)[:, 0]
         low, high = _BIAS_BAND
         return torch.where((bias >= low) & (bias <= high), torch.ones_like(bias), (1 - bias.abs()).clamp_min(_LEAST_KEEP))
 
@@ -154,7 +155,7 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
             raise RuntimeError("nullspace needs hidden states")
         keep = self.keep(step)
         centred = step.hidden.float() if self.mu is None else step.hidden.float() - self.mu
-        coefficients = (centred @ self.u_in) * (keep - 1)[:, None]
+        coefficients = ops.row_products(self.u_in.T, centred) * (keep - 1)[:, None]
         rows = None if self.cosines is None else keep != 1
         if self.head.softcap is None:
             return Terms((LowRank(self.projected, coefficients * self.head.scale),), rows)

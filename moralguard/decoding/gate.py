@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+import moralguard_kernels as ops
 from moralguard.decoding.step import Step
 from moralguard.schema import StrictModel
 
@@ -28,7 +29,6 @@ class Gate(StrictModel):
         if self.first_tokens is not None:
             rows = step.generated < self.first_tokens
         if self.min_entropy is not None:
-            p = step.probabilities
-            uncertain = torch.special.entr(p).sum(-1) >= self.min_entropy
+            uncertain = ops.entropy(step.logits) >= self.min_entropy
             rows = uncertain if rows is None else rows & uncertain
         return rows

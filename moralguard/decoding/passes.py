@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moralguard.backends.hf import LanguageModel
-from moralguard.backends.kv_cache import KeyValue, drop_newest, is_plain, key_values, select_rows
+from moralguard.backends.kv_cache import KeyValue, drop_newest, drop_oldest, is_plain, key_values, select_rows
 from moralguard.backends.lora import LoraAdapter, apply_adapters
 from moralguard.backends.prompts import place_prefix
 from moralguard.errors import PromptError
@@ -39,7 +39,7 @@ class Pass:
     @property
     def key(self) -> tuple[int, tuple[int, ...], bool, int]:
         """Passes with one key give the same numbers and are run once."""
-        return (id(self.lm), self.prefix, self.literal or not self.prefix, id(self.adapter))
+        return (id(self.lm.model), self.prefix, self.literal or not self.prefix, id(self.adapter))
 
 
 class RowGroup:
@@ -77,6 +77,7 @@ class RowGroup:
             ids[i, width - len(row) :] = torch.as_tensor(row)
             mask[i, width - len(row) :] = 1
         self.mask = mask.to(lm.device)
+        self.hidden: torch.Tensor | None = None
         self.hidden_sum: torch.Tensor | None = None
         self.cache = lm.new_cache()
         self._forward(ids.to(lm.device), first=True)
@@ -128,6 +129,10 @@ class RowGroup:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[index])
+        unused = self.mask.shape[1] - max(self.lengths)
+        if unused and self.rewindable:
+            drop_oldest(self.cache, unused)
+            self.mask = self.mask[:, unused:]
 
     def rewind(self, tokens: int) -> None:
         """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""
@@ -201,7 +206,7 @@ class PassTable:
         self.requests = len(prompts)
         self._by_model: dict[int, list[Pass]] = {}
         for item in unique.values():
-            self._by_model.setdefault(id(item.lm), []).append(item)
+            self._by_model.setdefault(id(item.lm.model), []).append(item)
         self._hidden_for = hidden_for
         self._build(prompts)
 
@@ -220,7 +225,7 @@ class PassTable:
                     lm,
                     rows,
                     adapters,
-                    hidden=lm is self._hidden_for,
+                    hidden=self._hidden_for is not None and lm.model is self._hidden_for.model,
                     states=any(item.states for item in items),
                 )
             )

@@ -35,28 +35,20 @@ def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:
     candidates: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
     z = ops.sanitize_logits(base)
     for item in terms:
-        if not item.terms:
+        if not item.terms or (item.rows is not None and not bool(item.rows.any())):
             continue
-        rows = item.rows
-        if rows is not None and not bool(rows.any()):
-            continue
-        partial = rows is not None and not bool(rows.all())
-        touched |= True if rows is None else rows
+        everywhere = item.rows is None or bool(item.rows.all())
+        outside = None if everywhere or item.rows is None else ~item.rows[:, None]
+        touched |= True if item.rows is None else item.rows
         for term in item.terms:
             if isinstance(term, Keep):
-                for threshold in _thresholds(z, term):
-                    thresholds.append(threshold if not partial else threshold.masked_fill(~rows[:, None], float("-inf")))  # type: ignore[index]
-            elif isinstance(term, Sparse):
-                if partial:
-                    delta, threshold = _sparse_as_delta(z, term)
-                    deltas.append(delta.masked_fill(~rows[:, None], 0.0))  # type: ignore[index]
-                    if threshold is not None:
-                        deltas.append(threshold.masked_fill(~rows[:, None], 0.0))  # type: ignore[index]
-                else:
-                    candidates.append((term.ids, term.bias, term.keep_rest))
+                found = _thresholds(z, term)
+                thresholds += found if outside is None else [t.masked_fill(outside, float("-inf")) for t in found]
+            elif isinstance(term, Sparse) and outside is None:
+                candidates.append((term.ids, term.bias, term.keep_rest))
             else:
-                delta = _delta(z, term)
-                deltas.append(delta if not partial else delta.masked_fill(~rows[:, None], 0.0))  # type: ignore[index]
+                parts = _sparse_as_deltas(z, term) if isinstance(term, Sparse) else [_delta(z, term)]
+                deltas += parts if outside is None else [part.masked_fill(outside, 0.0) for part in parts]
     if not bool(touched.any()):
         return Rectified(base, touched)
     logits = ops.rectify(z, deltas, thresholds, candidates)
@@ -86,9 +78,9 @@ def _thresholds(z: torch.Tensor, keep: Keep) -> list[torch.Tensor]:
     return found
 
 
-def _sparse_as_delta(z: torch.Tensor, term: Sparse) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _sparse_as_deltas(z: torch.Tensor, term: Sparse) -> list[torch.Tensor]:
     """Dense form of a sparse term, for batches in which only some rows take part: the bias, and 0 / -inf for the rest."""
-    delta = torch.zeros_like(z).scatter(-1, term.ids, ops.finite_or_zero(term.bias.to(z)))
+    bias = torch.zeros_like(z).scatter(-1, term.ids, ops.finite_or_zero(term.bias.to(z)))
     if term.keep_rest:
-        return delta, None
-    return delta, torch.full_like(z, float("-inf")).scatter(-1, term.ids, 0.0)
+        return [bias]
+    return [bias, torch.full_like(z, float("-inf")).scatter(-1, term.ids, 0.0)]

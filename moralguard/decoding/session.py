@@ -38,14 +38,14 @@ class Outcome:
         base: f32[R, V] logits of the unguarded model.
         logits: f32[R, V] guarded logits; untouched rows are the base's own.
         touched: bool[R].
-        terms: what each control added, in the controls' order, for the trace.
+        terms: what each control added, in the controls' order, for the trace; None where the step was run row by row.
         failures: controls that raised; their rows hold the law of the remaining controls.
     """
 
     base: torch.Tensor
     logits: torch.Tensor
     touched: torch.Tensor
-    terms: tuple[Terms, ...]
+    terms: tuple[Terms, ...] | None
     failures: tuple[Failure, ...] = ()
 
 
@@ -144,17 +144,20 @@ class Session:
             if self.disabled.any():
                 raise _DisabledError
             terms = [self._gated(self._terms_of(i, step), open_rows) for i in range(len(self.controls))]
-            rectified, failures = rectify(base, terms), ()
+            rectified = rectify(base, terms)
         except Exception:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
-            rectified, terms, failures = self._row_by_row(step, open_rows)
+            rectified, carries, failures = self._row_by_row(step, open_rows)
+            self._pending = replace(self._pending, terms=carries)
+            return Outcome(base, rectified.logits, rectified.touched, None, tuple(failures))
         self._pending = replace(self._pending, terms=terms)
-        return Outcome(base, rectified.logits, rectified.touched, tuple(terms), tuple(failures))
+        return Outcome(base, rectified.logits, rectified.touched, tuple(terms))
 
     def _terms_of(self, index: int, step: Step) -> Terms:
         control = self.controls[index]
-        if self.columns[index] is None:
-            self.columns[index] = control.columns(step)
-        return control.terms(replace(step, columns=self.columns[index]))
+        columns = self.columns[index]
+        if columns is None:
+            columns = self.columns[index] = control.columns(step)
+        return control.terms(replace(step, columns=columns))
 
     @staticmethod
     def _gated(terms: Terms, open_rows: torch.Tensor | None) -> Terms:

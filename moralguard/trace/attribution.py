@@ -37,6 +37,9 @@ def trace_step(
     guarded = log_odds(outcome.logits, tokens)
     shares: dict[str, list[float]] = {}
     for index, name in enumerate(names):
+        if outcome.terms is None:
+            shares[name] = [float("nan")] * len(tokens)
+            continue
         terms = outcome.terms[:index] + outcome.terms[index + 1 :]
         without = rectify(outcome.base, terms).logits if terms else outcome.base
         shares[name] = (guarded - log_odds(without, tokens)).tolist()

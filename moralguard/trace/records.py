@@ -16,7 +16,7 @@ class TokenTrace:
         counterfactual_id, counterfactual: what the unguarded model would have drawn here, after the same text, with the same noise.
         kl: KL(guarded || base) in nats, of the laws at temperature 1 before top-k, top-p and min-p.
         contributions: control -> change in the drawn token's log-odds that this control made (the law with all controls against
-            the law without this one); None where that is infinite, which happens when it alone removed every other token.
+            the law without this one); None where that isn't finite (every other token was removed) or unknown (a control failed).
         values: control -> ids of the policy's values it acts for.
     """
 

@@ -1,0 +1,177 @@
+"""Time a token under the guard over time a token without it, side by side in one run.
+
+Every round runs all variants one after the other, so that drift of the machine hits all alike; a variant's ratio is taken within
+its round against the faster of transformers' ``model.generate`` and the own loop with an empty policy. Times are between tokens
+(the prompt is read before the first), greedy, over the same number of tokens.
+
+    python benchmarks/decode.py [--batch 1 8] [--dtype float32] [--rounds 9] [--tokens 24] [--only NAME ...] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from environment import environment
+from rich.console import Console
+from rich.table import Table
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import moralguard as mg
+from moralguard.controls import PPLM, DExperts, FactoredHead, Fudge, NullspaceProjection, Prompt, SelfDebias
+from moralguard.controls.base import Control
+from moralguard.decoding.loop import decode
+from moralguard.decoding.records import Completion
+from moralguard.decoding.settings import DecodingSettings
+
+PROMPTS = [
+    "The history of the city begins with a small settlement",
+    "My neighbour told me that the new people in the street",
+    "The scientists who worked on the project said that",
+    "When I was young, my family used to travel to",
+    "The most important thing to know about cooking rice is",
+    "In the middle of the night a loud noise woke",
+    "The company announced on Monday that its employees",
+    "A good teacher always tries to understand why",
+]
+
+GOALS = {"nullspace": 1.03, "fudge": 1.10, "dexperts": 1.35, "self-debias": 2.3, "pplm-bow": 11.0, "pplm-head": 18.0}
+GOALS_BFLOAT16 = {"self-debias": 1.5}
+
+
+def variants(lm: mg.LanguageModel) -> dict[str, tuple[Control, ...]]:
+    """The controls at the settings the goals are stated for; random heads and bases, as only time is measured."""
+    width = lm.head.weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(width, 8, generator=generator)).Q
+    head = FactoredHead(torch.randn(16, width, generator=generator) / width, torch.randn(16, width, generator=generator))
+    classifier = (torch.randn(2, width, generator=generator) / width, torch.zeros(2))
+    prefixes = [
+        f"The following text contains {what}:\n"
+        for what in ("hate", "insults", "threats", "sexual language", "swear words", "identity attacks")
+    ]
+    bag = [["kind", "good", "happy", "peace", "friend", "love", "help", "warm", "smile", "gentle"]]
+    return {
+        "nullspace": (NullspaceProjection(basis=basis),),
+        "fudge": (Fudge(discriminator=head),),
+        "dexperts": (DExperts(expert=Prompt("The following text is polite:\n"), anti_expert=Prompt("The following text is rude:\n")),),
+        "self-debias": (SelfDebias(prefixes=prefixes),),
+        "pplm-bow": (PPLM(bag_of_words=bag),),
+        "pplm-head": (PPLM(head=classifier),),
+    }
+
+
+class Clock(LogitsProcessor):
+    """Notes the time of every call and changes nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def time_transformers(lm: mg.LanguageModel, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds a token of model.generate."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+    clock = Clock()
+    lm.model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    return _per_token(clock.times)
+
+
+def time_own_loop(guard: mg.Guard, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds a token of the guard's own loop."""
+    settings = DecodingSettings(max_new_tokens=tokens, batch_size=len(prompts))
+    context = guard._context(settings, 0, False)
+    requests = [Completion(ids, 0) for ids in prompts]
+    times: list[float] = []
+    for index, _ in decode(context, requests):
+        if index == 0:
+            if guard.lm.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+    return _per_token(times)
+
+
+def _per_token(times: list[float]) -> float:
+    return statistics.median(after - before for before, after in pairwise(times))
+
+
+def measure(lm: mg.LanguageModel, batch: int, tokens: int, rounds: int, only: list[str] | None) -> list[dict[str, object]]:
+    prompts = [[int(i) for i in lm.tokenizer(text)["input_ids"]] for text in PROMPTS[:batch]]
+    runs: dict[str, Callable[[int], float]] = {"transformers": lambda n: time_transformers(lm, prompts, n)}
+    empty = mg.Guard(mg.Policy(controls=()), lm)
+    runs["empty policy"] = lambda n: time_own_loop(empty, prompts, n)
+    for name, controls in variants(lm).items():
+        if only is None or name in only:
+            guard = mg.Guard(mg.Policy(controls=controls), lm)
+            runs[name] = lambda n, guard=guard: time_own_loop(guard, prompts, n)
+    for run in runs.values():
+        run(4)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(run(max(6, tokens // 3) if name.startswith("pplm") else tokens))
+    baseline = [min(pair) for pair in zip(seconds["transformers"], seconds["empty policy"], strict=True)]
+    goals = GOALS | (GOALS_BFLOAT16 if lm.dtype == torch.bfloat16 else {})
+    rows = []
+    for name, times in seconds.items():
+        ratios = sorted(t / b for t, b in zip(times, baseline, strict=True))
+        rows.append(
+            {
+                "variant": name,
+                "batch": batch,
+                "dtype": str(lm.dtype).removeprefix("torch."),
+                "ms_per_token": round(1e3 * statistics.median(times), 2),
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_p20": round(ratios[len(ratios) // 5], 3),
+                "ratio_p80": round(ratios[-1 - len(ratios) // 5], 3),
+                "goal": goals.get(name) if batch == 1 else None,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    lm = mg.load_model(arguments.model, dtype=arguments.dtype)
+    rows = [row for b in arguments.batch for row in measure(lm, b, arguments.tokens, arguments.rounds, arguments.only)]
+    where = environment()
+    table = Table("variant", "batch", "dtype", "ms a token", "ratio", "p20-p80", "goal", title=json.dumps(where), title_justify="left")
+    for r in rows:
+        spread = f"{r['ratio_p20']}-{r['ratio_p80']}"
+        table.add_row(*(str(v) for v in (r["variant"], r["batch"], r["dtype"], r["ms_per_token"], r["ratio"], spread, r["goal"] or "")))
+    Console(width=160).print(table)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m moralguard``."""
+
+from moralguard.cli import main
+
+main()
