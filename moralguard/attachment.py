@@ -16,7 +16,7 @@ from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import Gate
-from moralguard.errors import UnsupportedPathError
+from moralguard.errors import PromptError, UnsupportedPathError
 from moralguard.processor import GuardLogitsProcessor
 
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -85,12 +85,10 @@ def _guarded_generate(
 ) -> Any:
     bound = inspect.signature(inherited).bind_partial(*args, **kwargs)
     named = {k: v for k, v in bound.arguments.items() if k not in ("args", "kwargs")} | bound.arguments.get("kwargs", {})
-    config = named.get("generation_config") or lm.model.generation_config
-    _refuse_uncovered(lm, controls, named, config)
+    config = _resolved_config(lm, named)
+    _refuse_uncovered(controls, named, config)
     ids = _input_ids(named)
-    temperature = _setting(named, config, "temperature") or 1.0
-    if not _setting(named, config, "do_sample"):
-        temperature = 1.0
+    temperature = config.temperature if config.do_sample and config.temperature else 1.0
     hidden = any(control.settings.needs.hidden for control in controls)
     with lm.capture() if hidden else nullcontext() as captured:
         processor = GuardLogitsProcessor(
@@ -99,7 +97,6 @@ def _guarded_generate(
             gate,
             open_on_error,
             counters,
-            attention_mask=_attention_mask(lm, named, ids),
             temperature=float(temperature),
             captured=captured,
         )
@@ -110,33 +107,56 @@ def _guarded_generate(
     return output
 
 
-def _refuse_uncovered(lm: LanguageModel, controls: Sequence[BoundControl], named: dict[str, Any], config: Any) -> None:
+def _resolved_config(lm: LanguageModel, named: dict[str, Any]) -> Any:
+    """The settings that ``generate`` will use: its arguments over the config it was given over the model's own."""
+    others = {name: value for name, value in named.items() if name != "generation_config"}
+    return lm.model._prepare_generation_config(named.get("generation_config"), **others)[0]
+
+
+def _refuse_uncovered(controls: Sequence[BoundControl], named: dict[str, Any], config: Any) -> None:
     """Raise on ways of generating that would bypass the guard or mislead a control."""
     if named.get("custom_generate") is not None:
         raise UnsupportedPathError("custom_generate brings a decode loop of its own, which may skip logits processors; use guard.generate")
-    if _setting(named, config, "cache_implementation") == "paged":
+    if config.cache_implementation == "paged":
         raise UnsupportedPathError("cache_implementation='paged' switches to continuous batching, which never calls logits processors")
-    if named.get("inputs_embeds") is not None and _input_ids(named) is None:
+    ids = _input_ids(named)
+    if named.get("inputs_embeds") is not None and ids is None:
         raise UnsupportedPathError("inputs_embeds without input_ids hides the prompt's tokens from the guard; pass both")
+    cache = named.get("past_key_values")
+    if cache is not None and ids is not None and cache.get_seq_length() > 0:
+        mask = named.get("attention_mask")
+        if cache.get_seq_length() >= ids.shape[1] or (mask is not None and mask.shape[1] != ids.shape[1]):
+            raise UnsupportedPathError("past_key_values holds text that input_ids lacks; pass the ids of the whole text")
+    _check_room(controls, config, ids)
     stateful = [c.name for c in controls if c.settings.needs.hidden or c.settings.needs.cache or c.settings.needs.grad]
     if not stateful:
         return
-    drafts = named.get("assistant_model") is not None or _setting(named, config, "prompt_lookup_num_tokens")
-    if drafts or _setting(named, config, "assistant_early_exit"):
+    drafts = (getattr(config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"))
+    if named.get("assistant_model") is not None or any(drafts):
         raise UnsupportedPathError(
             f"assisted decoding scores several positions at once and takes tokens back, which control {stateful[0]!r} can't follow; drop "
             "assistant_model / prompt_lookup_num_tokens, or the control"
         )
-    scale = _setting(named, config, "guidance_scale")
-    if scale is not None and scale != 1:
+    if config.guidance_scale is not None and config.guidance_scale != 1:
         raise UnsupportedPathError(
             f"guidance_scale runs the model a second time in each step, and control {stateful[0]!r} would read that pass's hidden state"
         )
 
 
-def _setting(named: dict[str, Any], config: Any, name: str) -> Any:
-    value = named.get(name)
-    return getattr(config, name, None) if value is None else value
+def _check_room(controls: Sequence[BoundControl], config: Any, ids: torch.Tensor | None) -> None:
+    """Raise now, not in the middle of the text, where a prefix leaves too little room for what is asked for."""
+    if ids is None:
+        return
+    new = config.max_new_tokens or max(0, (config.max_length or 0) - ids.shape[1])
+    for control in controls:
+        for item in control.passes:
+            limit = item.lm.context_length
+            if limit is not None and item.prefix and len(item.prefix) + ids.shape[1] + new - 1 > limit:
+                raise PromptError(
+                    f"control {control.name!r} reads the text behind a prefix of {len(item.prefix)} tokens: with {ids.shape[1]} of the "
+                    f"prompt and {new} new ones that is more than the context of {item.lm.name} ({limit}); lower max_new_tokens or "
+                    "shorten the prompt"
+                )
 
 
 def _input_ids(named: dict[str, Any]) -> torch.Tensor | None:
@@ -144,14 +164,3 @@ def _input_ids(named: dict[str, Any]) -> torch.Tensor | None:
         if isinstance(named.get(name), torch.Tensor):
             return named[name]
     return None
-
-
-def _attention_mask(lm: LanguageModel, named: dict[str, Any], ids: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask transformers will use: the caller's, or its own rule (pad tokens count as padding unless they end texts)."""
-    mask = named.get("attention_mask")
-    if mask is not None or ids is None:
-        return mask
-    pad = lm.pad_token_id
-    if pad is None or pad in lm.eos_token_ids:
-        return torch.ones_like(ids)
-    return (ids != pad).long()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from moralguard.backends.prompts import PromptLike, as_batch, encode_prompt, is_
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.loop import LoopContext, decode
+from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import Completion, GenerationResult
 from moralguard.decoding.settings import DecodingSettings
 from moralguard.errors import ControlError, PolicyError, UnsupportedPathError
@@ -49,6 +52,8 @@ class Guard:
     def __init__(self, policy: Policy | str | Path | dict[str, Any], model: Any):
         self.policy = Policy.load(policy)
         self.lm: LanguageModel = load_model(model)
+        if self.lm.model.training:
+            warnings.warn(f"{self.lm.name} is in training mode: its dropout makes every pass differ; call model.eval() first", stacklevel=2)
         self.counters = Counters()
         self.controls: tuple[BoundControl, ...] = tuple(
             bind_control(control, self.lm, self.policy) for control in self.policy.effective_controls() if control.active
@@ -83,7 +88,7 @@ class Guard:
         """
         decoding = self._decoding_settings(settings)
         requests = self._requests(prompts, decoding)
-        seed = secrets.randbits(63) if seed is None else int(seed)
+        seed = _seed(seed)
         context = self._context(decoding, seed, trace)
         for start in range(0, len(requests), decoding.batch_size):
             for _ in decode(context, requests[start : start + decoding.batch_size]):
@@ -93,12 +98,7 @@ class Guard:
         result = self._result(requests, seed, trace)
         failed = next((request for request in requests if request.error is not None), None)
         if failed is not None:
-            raise ControlError(
-                f"control {failed.failed_control!r} failed after {len(failed.token_ids)} tokens and policy {self.policy.name!r} fails "
-                f"closed: {failed.error}. What was generated is in this error's .result; `on_error: open` would go on without the control",
-                failed.failed_control or "",
-                result,
-            ) from failed.cause
+            raise self._control_error(failed, result) from failed.cause
         return result
 
     async def agenerate(self, prompts: PromptLike | Sequence[PromptLike], **arguments: Any) -> GenerationResult:
@@ -117,7 +117,7 @@ class Guard:
         if self.lm.tokenizer is None:
             raise PolicyError(f"stream yields text, but {self.lm.name} was given without a tokenizer; use generate and its token_ids")
         requests = self._requests(prompt, decoding)
-        context = self._context(decoding, secrets.randbits(63) if seed is None else int(seed), False)
+        context = self._context(decoding, _seed(seed), False)
         return self._pieces(context, requests[0])
 
     def _pieces(self, context: LoopContext, request: Completion) -> Iterator[str]:
@@ -128,10 +128,7 @@ class Guard:
         if piece := text.flush():
             yield piece
         if request.error is not None:
-            raise ControlError(
-                f"control {request.failed_control!r} failed after {len(request.token_ids)} tokens: {request.error}",
-                request.failed_control or "",
-            ) from request.cause
+            raise self._control_error(request, self._result([request], context.seed, False)) from request.cause
 
     async def astream(self, prompt: PromptLike, **arguments: Any) -> AsyncIterator[str]:
         """``stream`` for async code: the same pieces."""
@@ -181,8 +178,20 @@ class Guard:
 
     def _requests(self, prompts: Any, decoding: DecodingSettings) -> list[Completion]:
         batch = as_batch(prompts)
-        encoded = [encode_prompt(self.lm, prompt, f"prompt {i}" if len(batch) > 1 else "the prompt") for i, prompt in enumerate(batch)]
+        places = [f"prompt {i}" if len(batch) > 1 else "the prompt" for i in range(len(batch))]
+        encoded = [encode_prompt(self.lm, prompt, place) for prompt, place in zip(batch, places, strict=True)]
+        passes = [item for control in self.controls for item in control.passes]
+        for ids, place in zip(encoded, places, strict=True):
+            check_passes_fit(passes, ids, place)
         return [Completion(ids, index) for ids in encoded for index in range(decoding.num_return_sequences)]
+
+    def _control_error(self, failed: Completion, result: GenerationResult) -> ControlError:
+        return ControlError(
+            f"control {failed.failed_control!r} failed after {len(failed.token_ids)} tokens and policy {self.policy.name!r} fails closed: "
+            f"{failed.error}. What was generated is in this error's .result; `on_error: open` would go on without the control",
+            failed.failed_control or "",
+            result,
+        )
 
     def _context(self, decoding: DecodingSettings, seed: int, trace: bool) -> LoopContext:
         ids = [value.id for value in self.policy.values]
@@ -215,6 +224,14 @@ class Guard:
             seed=seed,
             _score=score,
         )
+
+
+def _seed(seed: int | None) -> int:
+    if seed is None:
+        return secrets.randbits(63)
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**127) <= seed < 2**127:
+        raise PolicyError(f"seed is {seed!r}; expected an integer, or None for a new one")
+    return int(seed)
 
 
 def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundControl[Any]:

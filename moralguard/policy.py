@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,7 +65,7 @@ class Policy(StrictModel):
     def _read_values(cls, values: Any) -> Any:
         if not isinstance(values, (list, tuple)):
             raise PolicyError(f"values is a {type(values).__name__}; expected a list of statements or of {{id, statement}}")
-        return tuple(Value.from_statement(v) if isinstance(v, str) else v for v in values)
+        return _with_distinct_ids(values)
 
     @model_validator(mode="after")
     def _distinct_ids(self) -> Policy:
@@ -85,6 +86,10 @@ class Policy(StrictModel):
             return source
         if isinstance(source, dict):
             return cls(**{str(key): value for key, value in source.items()})
+        if not isinstance(source, (str, Path)):
+            raise PolicyError(
+                f"a policy is a built-in name, the path of a YAML or JSON file, a dict or a Policy; got a {type(source).__name__}"
+            )
         path = Path(source)
         if path.suffix.lower() in _SUFFIXES:
             if not path.is_file():
@@ -100,10 +105,11 @@ class Policy(StrictModel):
 
     @classmethod
     def _parse(cls, text: str, where: str) -> Policy:
+        # JSON isn't quite a part of YAML 1.1 (tabs, surrogate escapes), so each is read by its own reader
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise PolicyError(f"{where} isn't YAML or JSON: {error}") from error
+            data = json.loads(text) if where.lower().endswith(".json") else yaml.safe_load(text)
+        except (yaml.YAMLError, json.JSONDecodeError) as error:
+            raise PolicyError(f"{where} isn't {'JSON' if where.lower().endswith('.json') else 'YAML'}: {error}") from error
         if not isinstance(data, dict):
             raise PolicyError(f"{where} holds a {type(data).__name__}; expected a mapping with values, controls, ...")
         try:
@@ -135,12 +141,33 @@ class Policy(StrictModel):
         return {key: value for key, value in data.items() if value not in ("", {}, []) or key == "controls"}
 
     def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
+        data = self.as_dict()
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+        # a few characters that YAML takes for line breaks survive only when escaped
+        return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False, width=120)
 
     @property
     def digest(self) -> str:
         """Short hash of the policy's data."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _with_distinct_ids(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Statements as values; those that begin alike get a number, while ids that someone chose stay as they are."""
+    taken = {v.id if isinstance(v, Value) else str(v.get("id")) for v in values if isinstance(v, (Value, dict))}
+    named: list[Any] = []
+    for value in values:
+        if not isinstance(value, str):
+            named.append(value)
+            continue
+        found = Value.from_statement(value)
+        number = 2
+        while found.id in taken:
+            found = Value(id=f"{Value.from_statement(value).id}-{number}", statement=value)
+            number += 1
+        taken.add(found.id)
+        named.append(found)
+    return tuple(named)
 
 
 def _controls_for_values() -> tuple[Control, ...]:

@@ -306,10 +306,8 @@ class _Check:
 
     def advance(self, session: Session, bound: BoundControl[Any], tokens: torch.Tensor) -> None:
         before = session.columns[0]
-        try:
-            session.commit(tokens)
-        except Exception as error:
-            self.fail(f"commit raised {type(error).__name__}: {error}", error)
+        for failure in session.commit(tokens):
+            self.fail(f"commit raised {type(failure.error).__name__}: {failure.error}", failure.error)
         after = session.columns[0]
         if before is not None and after is not None:
             self.check_columns(after, session.rows, "commit()")

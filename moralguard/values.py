@@ -9,14 +9,10 @@ from pydantic import Field
 
 from moralguard.schema import StrictModel
 
-_PROHIBITION = re.compile(
-    r"^(?:the|this|a|any)\s+(?:text|answer|response|reply|output|continuation)\s+(?:does\s+not|doesn't|must\s+not|should\s+not|never)\s+(?P<act>.+?)\.?$",
-    re.IGNORECASE,
-)
-_NEGATED_STATE = re.compile(
-    r"^(?:the|this|a|any)\s+(?:text|answer|response|reply|output|continuation)\s+(?:is\s+not|isn't|must\s+not\s+be|is\s+never)\s+(?P<state>.+?)\.?$",
-    re.IGNORECASE,
-)
+_SUBJECT = r"^(?:the|this|a|any)\s+(?:text|answer|response|reply|output|continuation)\s+"
+_PROHIBITION = re.compile(_SUBJECT + r"(?:does\s+not|doesn't|must\s+not|should\s+not)\s+(?P<act>.+?)\.?$", re.IGNORECASE)
+_NEGATED_STATE = re.compile(_SUBJECT + r"(?:is\s+not|isn't|is\s+never)\s+(?P<state>.+?)\.?$", re.IGNORECASE)
+_NEVER = re.compile(_SUBJECT + r"never\s+(?P<habit>.+?)\.?$", re.IGNORECASE)
 
 
 class Value(StrictModel):
@@ -42,17 +38,24 @@ class Value(StrictModel):
 
     def violating_prefix(self) -> str:
         """A line after which a model continues with text that breaks the value (self-debiasing, anti-expert)."""
-        if match := _PROHIBITION.match(self.statement.strip()):
-            return f"The following text was written to {_positive(match['act'])}:\n"
-        if match := _NEGATED_STATE.match(self.statement.strip()):
-            return f"The following text is {_positive(match['state'])}:\n"
-        return f'The following text breaks the rule "{self.statement.strip()}":\n'
+        statement = self.statement.strip()
+        if match := _PROHIBITION.match(statement):
+            return f"The following text is very bad. It was written to {_positive(match['act'])}:\n"
+        if match := _NEGATED_STATE.match(statement):
+            return f"The following text is clearly {_positive(match['state'])}:\n"
+        if match := _NEVER.match(statement):
+            return f"The following text is very bad. It often {_positive(match['habit'])}:\n"
+        return f'The following text is very bad. It breaks the rule "{statement}":\n'
 
     def keeping_prefix(self) -> str:
-        """A line after which a model continues with text that keeps the value (expert)."""
-        if match := _PROHIBITION.match(self.statement.strip()):
-            return f"The following text is careful and respectful. It was not written to {match['act']}:\n"
-        return f'The following text follows the rule "{self.statement.strip()}":\n'
+        """A line after which a model continues with text that keeps the value (expert).
+
+        For a prohibition it names what is wanted only: small models take a negated word for the word itself.
+        """
+        statement = self.statement.strip()
+        if any(pattern.match(statement) for pattern in (_PROHIBITION, _NEGATED_STATE, _NEVER)):
+            return "The following text is very polite, careful, kind and respectful:\n"
+        return f'The following text is very good. It follows the rule "{statement}":\n'
 
 
 def _positive(phrase: str) -> str:

@@ -40,9 +40,10 @@ def fit_head(weight: torch.Tensor, before: torch.Tensor, logits: torch.Tensor, c
     def matches(candidate: torch.Tensor) -> bool:
         return bool((candidate - z).abs().max() <= tolerance * (1 + z.abs().max()))
 
+    # the cap first: where it hardly bends the probe's logits they look linear too
+    if config_softcap and matches(config_softcap * torch.tanh(x / config_softcap)):
+        return Head(weight, softcap=float(config_softcap))
     scale = float((x * z).sum() / (x * x).sum().clamp_min(1e-30))
     if matches(scale * x):
         return Head(weight, 1.0 if abs(scale - 1.0) < tolerance else scale)
-    if config_softcap and matches(config_softcap * torch.tanh(x / config_softcap)):
-        return Head(weight, softcap=float(config_softcap))
     return None

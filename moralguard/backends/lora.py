@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from moralguard.backends.hf import LanguageModel
+from moralguard.backends.tensor_files import load_tensors
 from moralguard.errors import ModelError
 
 _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "rank_pattern", "alpha_pattern")
@@ -53,15 +54,22 @@ def load_adapter(path: str | Path, lm: LanguageModel) -> LoraAdapter:
     weights_file = folder / "adapter_model.safetensors"
     if not weights_file.is_file():
         raise ModelError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder}/adapter_config.json isn't a LoRA configuration with r and lora_alpha: {error!r}") from error
     extras = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA" or config.get("bias", "none") != "none" or extras:
+    if config.get("bias", "none") != "none":
+        extras.append(f"bias={config['bias']}")
+    if config.get("peft_type", "LORA") != "LORA" or extras:
         raise ModelError(f"{folder} isn't a plain LoRA adapter ({', '.join(extras) or config.get('peft_type')}); merge or retrain it")
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     modules = dict(lm.model.named_modules())
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(weights_file).items():
+    for key, tensor in load_tensors(weights_file).items():
+        if ".lora_embedding_" in key:
+            raise ModelError(f"{folder} adapts an embedding ({key}), which only linear modules can be; retrain it without")
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")
         name = name.removeprefix("base_model.model.")
         pairs.setdefault(name, {})[side] = tensor
@@ -71,8 +79,13 @@ def load_adapter(path: str | Path, lm: LanguageModel) -> LoraAdapter:
             raise ModelError(f"{folder} adapts module {name!r}, which {lm.name} doesn't have; the adapter is of another model")
         a, b = pair["A"], pair["B"]
         shape = tuple(modules[name].weight.shape)
-        if {a.shape[1], b.shape[0]} != set(shape):
-            raise ModelError(f"{folder}: module {name!r} is {shape} in {lm.name}, but the adapter maps {a.shape[1]} to {b.shape[0]}")
+        # Linear keeps [out, in], GPT-2's Conv1D [in, out]
+        wanted = shape if isinstance(modules[name], Conv1D) else shape[::-1]
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[1], b.shape[0]) != wanted or a.shape[0] != b.shape[1]:
+            raise ModelError(
+                f"{folder}: module {name!r} maps {wanted[0]} to {wanted[1]} in {lm.name}, but the adapter holds A {tuple(a.shape)} and "
+                f"B {tuple(b.shape)}"
+            )
         weights.append((modules[name], a.to(lm.device, lm.dtype), b.to(lm.device, lm.dtype), scale))
     return LoraAdapter(str(folder), tuple(weights))
 

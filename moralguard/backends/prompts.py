@@ -87,6 +87,9 @@ def _encode_text(lm: LanguageModel, prompt: str | Sequence[Message], where: str)
         if not prompt:
             raise PromptError(f"{where} is empty; give at least one character")
         return [int(i) for i in lm.tokenizer(prompt)["input_ids"]]
+    for message in prompt:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise PromptError(f'{where} is a chat with a message that isn\'t {{"role": ..., "content": ...}}')
     if getattr(lm.tokenizer, "chat_template", None) is None:
         raise PromptError(f"{where} is a chat, but the tokenizer of {lm.name} has no chat template; give plain text")
     text = lm.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
@@ -108,12 +111,20 @@ def place_prefix(lm: LanguageModel, prefix: Sequence[int], prompt: Sequence[int]
     if literal or not prefix:
         return prefix + prompt
     for header in _turn_headers(lm):
-        if len(prompt) > len(header) and prompt[: len(header)] == list(header):
+        if len(prompt) > len(header) and _begins_with(lm, prompt, header):
             return [*prompt[: len(header)], *prefix, *prompt[len(header) :]]
     bos = getattr(lm.tokenizer, "bos_token_id", None)
     if bos is not None and prompt[0] == bos:
         return [bos, *prefix, *prompt[1:]]
     return prefix + prompt
+
+
+def _begins_with(lm: LanguageModel, prompt: Sequence[int], header: Sequence[int]) -> bool:
+    """Whether the prompt begins with a turn's header; a tokenizer may join its last line break with breaks that follow."""
+    last = len(header) - 1
+    if list(prompt[:last]) != list(header[:last]):
+        return False
+    return prompt[last] == header[last] or lm.spell(prompt[last]).startswith(lm.spell(header[last]))
 
 
 def _turn_headers(lm: LanguageModel) -> tuple[tuple[int, ...], ...]:

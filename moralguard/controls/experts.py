@@ -26,8 +26,11 @@ class Prompt(StrictModel):
 
     prompt: str | tuple[int, ...]
 
-    def __init__(self, prompt: str | Sequence[int], **data: Any):
-        super().__init__(prompt=prompt if isinstance(prompt, str) else tuple(prompt), **data)
+    def __init__(self, *prompt: str | Sequence[int], **data: Any):
+        """``Prompt("text")`` or ``Prompt([ids])``; policy data names the field."""
+        if prompt:
+            data["prompt"] = prompt[0] if isinstance(prompt[0], str) else tuple(prompt[0])
+        super().__init__(**data)
 
     @field_validator("prompt")
     @classmethod

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, WithJsonSchema, field_validator
-from safetensors.torch import load_file
 
 import moralguard_kernels as ops
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.hf import LanguageModel
+from moralguard.backends.tensor_files import load_tensors
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
@@ -49,13 +49,15 @@ class FactoredHead:
             raise PolicyError(
                 f"fudge discriminator {str(path)!r} isn't there; expected a safetensors file or a folder with head.safetensors"
             )
-        tensors = load_file(file)
+        tensors = load_tensors(file)
         missing = {"query", "key"} - tensors.keys()
         if missing:
             raise PolicyError(f"{file} lacks {', '.join(sorted(missing))}; a factored head holds query [k, d] and key [k, d]")
         bias = float(tensors["bias"].reshape(-1)[0]) if "bias" in tensors else 0.0
         return cls(tensors["query"], tensors["key"], tensors.get("linear"), bias)
 
+
+_LARGEST_LOGIT = 1e4
 
 FutureDiscriminator = Callable[..., torch.Tensor]
 """(token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] of P(v | prefix, candidate)."""
@@ -115,7 +117,10 @@ class _BoundFudge(BoundControl[Fudge]):
         scores = self.score(step, top.indices)
         if scores.shape != top.indices.shape:
             raise ValueError(f"the discriminator gave logits of shape {tuple(scores.shape)}; expected {tuple(top.indices.shape)}")
-        bias = self.settings.strength * torch.nn.functional.logsigmoid(scores.float())
+        if bool(torch.isnan(scores).any()):
+            raise ValueError("the discriminator gave NaN; its logits must be numbers")
+        # a logit of -inf is a probability of 0: as good as removed, where a non-finite bias would count as none
+        bias = self.settings.strength * torch.nn.functional.logsigmoid(scores.float().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT))
         return Terms((Sparse(top.indices, bias, keep_rest=False),))
 
     @abstractmethod
@@ -144,6 +149,9 @@ class FactoredFudge(_BoundFudge):
                 raise PolicyError(
                     f"fudge {name} has shape {tuple(matrix.shape)}; {lm.name} has hidden states of {width}: expected [k, {width}]"
                 )
+        if head.query.shape[0] != head.key.shape[0]:
+            shapes = f"{tuple(head.query.shape)} and key {tuple(head.key.shape)}"
+            raise PolicyError(f"fudge query has shape {shapes}; expected [k, {width}] for both")
         self._query = head.query.to(lm.device, torch.float32)
         self._keys = lm.head.project(head.key.T)  # f32[V, k]
         self._offset = torch.full((lm.vocab_size,), head.bias, device=lm.device)

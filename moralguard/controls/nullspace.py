@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, WithJsonSchema, field_validator
-from safetensors.torch import load_file
 
 import moralguard_kernels as ops
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.hf import LanguageModel
+from moralguard.backends.tensor_files import load_tensors
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Dense, LowRank, Terms
@@ -164,7 +164,10 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
 
 
 def _as_tensor(value: Any) -> torch.Tensor:
-    tensor = torch.as_tensor(value).detach().to(device="cpu", dtype=torch.float32)
+    try:
+        tensor = torch.as_tensor(value).detach().to(device="cpu", dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PolicyError(f"a nullspace array is a {type(value).__name__}; expected a tensor or an array: U [d, r]") from error
     if not bool(torch.isfinite(tensor).all()):
         raise PolicyError(f"a nullspace array of shape {tuple(tensor.shape)} holds values that aren't finite")
     return tensor
@@ -173,7 +176,7 @@ def _as_tensor(value: Any) -> torch.Tensor:
 def _load_basis(path: Path) -> Any:
     if not path.is_file():
         raise PolicyError(f"basis file {str(path)!r} isn't there; expected a safetensors file with basis, or with U_in, U_out and mu")
-    tensors = load_file(path)
+    tensors = load_tensors(path)
     if "basis" in tensors:
         return tensors["basis"]
     if {"U_in", "U_out", "mu"} <= tensors.keys():

@@ -19,8 +19,9 @@ from moralguard.values import Value
 
 _SMALL = 1e-15
 # With gamma > 1 and a fresh norm a step has the length stepsize * ||g|| ** (1 - gamma), unbounded as g vanishes: norms are
-# floored, which bounds it (at gamma 1.5 by 1000 stepsize) and leaves every gradient larger than the floor as published.
-_NORM_FLOOR = 1e-6
+# floored, which bounds it (at gamma 1.5 by 10,000 stepsize) and leaves every gradient larger than the floor as published (a tiny
+# random Llama's are 1e-5 to 1e-1).
+_NORM_FLOOR = 1e-8
 
 Bags = Annotated[
     tuple[tuple[int | str, ...], ...],
@@ -68,7 +69,7 @@ class PPLM(Control):
     gm_scale: Annotated[float, Field(ge=0, le=1)] = 0.9
     window_length: Annotated[int, Field(ge=0)] = 0
     decay: bool = False
-    horizon_length: Annotated[int, Field(ge=0)] = 1
+    horizon_length: Annotated[int, Field(ge=1)] = 1
     grad_length: Annotated[int, Field(ge=0)] = 10000
 
     @field_validator("head", mode="before")
@@ -80,7 +81,12 @@ class PPLM(Control):
             head = (head.weight, head.bias if head.bias is not None else torch.zeros(head.weight.shape[0]))
         if not isinstance(head, (tuple, list)) or len(head) != 2:
             raise PolicyError("head is (W [classes, d], b [classes]) or a torch.nn.Linear")
-        weight, bias = (torch.as_tensor(part).detach().to(device="cpu", dtype=torch.float32).clone() for part in head)
+        try:
+            weight, bias = (torch.as_tensor(part).detach().to(device="cpu", dtype=torch.float32).clone() for part in head)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PolicyError(f"head is (W [classes, d], b [classes]), arrays of numbers: {error}") from error
+        if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise PolicyError("head holds values that aren't finite")
         if weight.ndim == 1 or weight.shape[0] == 1:  # a logistic head: its logit against 0
             weight = torch.stack([torch.zeros_like(weight.reshape(-1)), weight.reshape(-1)])
             bias = torch.stack([torch.zeros(()), bias.reshape(-1)[0]])

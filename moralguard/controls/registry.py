@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from moralguard.controls.base import Control
@@ -77,6 +78,8 @@ def write_control(control: Control) -> dict[str, Any]:
 def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, (tuple, list)):
         return [_plain(item, where) for item in value]
     if hasattr(value, "model_dump"):

@@ -16,7 +16,7 @@ from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import Gate
 from moralguard.decoding.grad import plain_no_grad
 from moralguard.decoding.records import Completion
-from moralguard.decoding.session import Outcome, Session
+from moralguard.decoding.session import Failure, Outcome, Session
 from moralguard.decoding.settings import DecodingSettings
 from moralguard.trace.attribution import trace_step
 
@@ -77,6 +77,10 @@ def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tup
             ended, drawn = _step(context, session, [requests[i] for i in running], keys)
         for slot, token in drawn:
             yield running[slot], token
+        for slot, room in enumerate(session.rooms):
+            if room < 1 and slot not in ended:
+                requests[running[slot]].finish_reason = "length"
+                ended.add(slot)
         with grad_mode(context.controls):
             stay = torch.tensor([slot for slot in range(len(running)) if slot not in ended], dtype=torch.int64)
             running = [running[int(slot)] for slot in stay]
@@ -85,11 +89,6 @@ def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tup
             if ended:
                 session.select(stay)
                 keys = keys[stay.to(keys.device)]
-            room = session.room
-            if room is not None and room < 1:
-                for i in running:
-                    requests[i].finish_reason = "length"
-                return
             session.advance()
 
 
@@ -99,7 +98,7 @@ def _step(
     """Draw one token for every request: (slots that ended, (slot, token) of the tokens drawn)."""
     settings = context.settings
     outcome = session.step(temperature=1.0 if settings.greedy else settings.temperature)
-    ended = _handle_failures(context, outcome, requests)
+    ended = _handle_failures(context, outcome.failures, requests)
     positions = torch.tensor([len(r.prompt_ids) + len(r.token_ids) for r in requests], device=keys.device)
     tokens = draw(outcome.logits, settings, keys, positions)
     emptied = torch.isneginf(outcome.logits).all(-1)
@@ -110,7 +109,7 @@ def _step(
         counterfactual = draw(outcome.base, settings, keys, positions)
         names = [control.name for control in session.controls]
         records = trace_step(outcome, tokens, counterfactual, positions, names, context.values, context.lm.spell)
-    session.commit(tokens)
+    late = session.commit(tokens)
     drawn = []
     for slot, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
         if slot in ended:
@@ -125,6 +124,7 @@ def _step(
         elif len(request.token_ids) >= settings.max_new_tokens:
             request.finish_reason = "length"
             ended.add(slot)
+    ended |= _handle_failures(context, [failure for failure in late if failure.row not in ended], requests)
     context.counters.add(tokens_emitted=len(drawn), rows_guarded=session.rows, rows_touched=int(outcome.touched.sum()))
     return ended, drawn
 
@@ -137,16 +137,15 @@ def draw(logits: torch.Tensor, settings: DecodingSettings, keys: torch.Tensor, p
     return ops.gumbel_argmax(warped, keys, positions)
 
 
-def _handle_failures(context: LoopContext, outcome: Outcome, requests: Sequence[Completion]) -> set[int]:
-    if not outcome.failures:
-        return set()
+def _handle_failures(context: LoopContext, failures: Sequence[Failure], requests: Sequence[Completion]) -> set[int]:
+    """Slots that end because a control failed; none where the policy fails open."""
     if context.open_on_error:
-        context.counters.add(failed_open=len(outcome.failures))
+        context.counters.add(failed_open=len(failures))
         return set()
-    for failure in outcome.failures:
+    for failure in failures:
         message = f"{type(failure.error).__name__}: {failure.error}"
         _end_with_error(requests[failure.row], failure.control, message, failure.error)
-    ended = {failure.row for failure in outcome.failures}
+    ended = {failure.row for failure in failures}
     context.counters.add(failed_closed=len(ended))
     return ended
 

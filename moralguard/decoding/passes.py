@@ -42,6 +42,22 @@ class Pass:
         return (id(self.lm.model), self.prefix, self.literal or not self.prefix, id(self.adapter))
 
 
+def check_passes_fit(passes: Sequence[Pass], prompt: Sequence[int], where: str) -> None:
+    """Raise before anything is generated where a prompt doesn't fit a pass's context with its prefix and one new token.
+
+    Raises:
+        PromptError: names the pass and the room there is.
+    """
+    for item in passes:
+        limit = item.lm.context_length
+        needed = len(place_prefix(item.lm, item.prefix, prompt, item.literal)) + 1
+        if limit is not None and needed > limit:
+            raise PromptError(
+                f"{where} has {len(prompt)} tokens; a pass on {item.lm.name} with a prefix of {len(item.prefix)} tokens needs {needed}, "
+                f"but its context holds {limit}. Shorten the prompt or the prefix"
+            )
+
+
 class RowGroup:
     """Rows that ride one batched forward of one model, left-padded, with their KV cache.
 

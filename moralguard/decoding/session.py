@@ -6,7 +6,9 @@ logits of a step, draw tokens, and commit them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -170,15 +172,16 @@ class Session:
         failures: list[Failure] = []
         rectified: list[Rectified] = []
         carries: list[list[Columns | None]] = [[] for _ in self.controls]
+        for index in range(len(self.controls)):
+            if self.columns[index] is None:
+                self.columns[index] = self._first_columns(index, step, failures)
         for row in range(self.rows):
             single, terms = step.row(row), []
             for index, control in enumerate(self.controls):
                 carry: Columns | None = None
                 if not self.disabled[index, row]:
                     try:
-                        columns = self.columns[index] or control.columns(step)
-                        self.columns[index] = columns
-                        mine = {name: value[row : row + 1] for name, value in columns.items()}
+                        mine = _row_of(self.columns[index] or {}, row)
                         added = control.terms(replace(single, columns=mine))
                         gated = self._gated(added, None if open_rows is None else open_rows[row : row + 1])
                         rectify(single.logits, [gated])
@@ -192,17 +195,35 @@ class Session:
         joined = Rectified(torch.cat([r.logits for r in rectified]), torch.cat([r.touched for r in rectified]))
         return joined, [Terms(carry=_join(carry)) for carry in carries], failures
 
-    def commit(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> None:
+    def _each_row(self, index: int, failures: list[Failure], compute: Callable[[int], Columns]) -> Columns:
+        """Columns of all rows, computed row by row; a row in which it raises is disabled for this control."""
+        found: list[Columns | None] = []
+        for row in range(self.rows):
+            columns: Columns | None = None
+            if not self.disabled[index, row]:
+                try:
+                    columns = compute(row)
+                except Exception as error:
+                    failures.append(Failure(row, self.controls[index].name, error))
+                    self.disabled[index, row] = True
+            found.append(columns)
+        return _join(found)
+
+    def commit(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> list[Failure]:
         """Record the drawn tokens i64[n]; ``parents`` i64[n] are the rows they extend (beams), None for one a row.
 
         The passes don't read the tokens yet: ``advance`` does, so that requests that are over cost nothing more.
+
+        Returns:
+            Controls that raised while taking note of a row's token; they are left out of that row from now on.
         """
         if self._pending is None:
             raise RuntimeError("commit follows step")
         pending, self._pending = self._pending, None
+        failures: list[Failure] = []
         if parents is not None:
             self.select(parents)
-        for index, control in enumerate(self.controls):
+        for index in range(len(self.controls)):
             columns = self.columns[index]
             if columns is None or not pending.terms:
                 continue
@@ -210,11 +231,22 @@ class Session:
             carry = pending.terms[index].carry
             if parents is not None:
                 carry = {name: value[parents.to(value.device)] for name, value in carry.items()}
-            self.columns[index] = control.commit(replace(step, columns=columns), carry, tokens)
+            self.columns[index] = self._committed(index, replace(step, columns=columns), carry, tokens, failures)
         tokens = tokens.to(self.history.device)
         self.history = torch.cat([self.history, tokens[:, None]], dim=-1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.rows, 1)], dim=-1)
         self.generated = self.generated + 1
+        return failures
+
+    def _first_columns(self, index: int, step: Step, failures: list[Failure]) -> Columns:
+        return self._each_row(index, failures, lambda row: self.controls[index].columns(step.row(row)))
+
+    def _committed(self, index: int, step: Step, carry: Columns, tokens: torch.Tensor, failures: list[Failure]) -> Columns:
+        control = self.controls[index]
+        if not self.disabled[index].any():
+            with suppress(Exception):  # whichever row it was, each is tried alone below
+                return control.commit(step, carry, tokens)
+        return self._each_row(index, failures, lambda row: control.commit(step.row(row), _row_of(carry, row), tokens[row : row + 1]))
 
     def advance(self) -> None:
         """Let every pass read the newest committed token."""
@@ -248,10 +280,15 @@ class Session:
         self.table.advance(tokens)
 
     @property
-    def room(self) -> int | None:
-        """Tokens that still fit every pass's context; None where nothing limits them."""
-        rooms = [group.lm.context_length - max(group.lengths) for group in self.table.groups if group.lm.context_length is not None]
-        return min(rooms) if rooms else None
+    def rooms(self) -> list[int]:
+        """Tokens that still fit the context of every pass, one number a request."""
+        rooms = [sys.maxsize] * self.rows
+        for group in self.table.groups:
+            if group.lm.context_length is not None:
+                for row, length in enumerate(group.lengths):
+                    request = row % self.rows
+                    rooms[request] = min(rooms[request], group.lm.context_length - length)
+        return rooms
 
     @property
     def stateful(self) -> bool:
@@ -261,6 +298,10 @@ class Session:
 
 class _DisabledError(Exception):
     """Some control is disabled in some row: the step is run row by row."""
+
+
+def _row_of(columns: Columns, row: int) -> Columns:
+    return {name: value[row : row + 1] for name, value in columns.items()}
 
 
 def _join(carries: Sequence[Columns | None]) -> Columns:

@@ -1,0 +1,12 @@
+"""Torch's threads cost tiny models more than they bring, many times over on a busy machine."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _few_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("smollm") else 1)
+    yield
+    torch.set_num_threads(before)
