@@ -200,5 +200,7 @@ def policy_schema() -> dict[str, Any]:
         settings["required"] = ["control", *settings.get("required", [])]
         definitions[found.__name__] = settings
         options.append({"$ref": f"#/$defs/{found.__name__}"})
+    values = schema["properties"]["values"]
+    values["items"] = {"anyOf": [values["items"], {"type": "string", "minLength": 3}]}  # a statement alone is a value
     schema["properties"]["controls"] = {"anyOf": [{"type": "array", "items": {"oneOf": options}}, {"type": "null"}]}
     return schema

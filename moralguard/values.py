@@ -10,8 +10,11 @@ from pydantic import Field
 from moralguard.schema import StrictModel
 
 _SUBJECT = r"^(?:the|this|a|any)\s+(?:text|answer|response|reply|output|continuation)\s+"
-_PROHIBITION = re.compile(_SUBJECT + r"(?:does\s+not|doesn't|must\s+not|should\s+not)\s+(?P<act>.+?)\.?$", re.IGNORECASE)
-_NEGATED_STATE = re.compile(_SUBJECT + r"(?:is\s+not|isn't|is\s+never)\s+(?P<state>.+?)\.?$", re.IGNORECASE)
+_PROHIBITION = re.compile(
+    _SUBJECT + r"(?:does\s+not|doesn['\u2019]t|(?:must|should|will|may)\s+(?:not|never)|cannot|can['\u2019]t)\s+(?P<act>.+?)\.?$",
+    re.IGNORECASE,
+)
+_NEGATED_STATE = re.compile(_SUBJECT + r"(?:is\s+not|isn['\u2019]t|is\s+never)\s+(?P<state>.+?)\.?$", re.IGNORECASE)
 _NEVER = re.compile(_SUBJECT + r"never\s+(?P<habit>.+?)\.?$", re.IGNORECASE)
 
 

@@ -30,12 +30,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def by_sum(token_ids: torch.Tensor, candidates: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """A future discriminator that looks at the whole history."""
-    return 3 * torch.sin(candidates + (token_ids * attention_mask).sum(-1, keepdim=True).float())
+    return 3 * torch.sin(candidates + ((token_ids + 1) * attention_mask).sum(-1, keepdim=True).float())
 
 
 def by_sum_of_all(token_ids: torch.Tensor, candidates: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The same, but the padded width leaks in."""
-    return 3 * torch.sin(candidates + (token_ids * attention_mask).sum(-1, keepdim=True) + float(token_ids.shape[1]))
+    """The same, with padding taken for text."""
+    return 3 * torch.sin(candidates + (token_ids + 1).sum(-1, keepdim=True).float())
 
 
 BASIS = torch.linalg.qr(noise(WIDTH, 3)).Q

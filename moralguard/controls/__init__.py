@@ -1,4 +1,7 @@
-"""The methods, one file each. Names are imported on first use, so that a policy loads only what it names."""
+"""The methods, one file each, and what a control of your own is made of.
+
+Names are imported on first use, so that a policy loads only what it names.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "BoundControl": "base",
-    "Control": "base",
-    "DExperts": "dexperts",
-    "FactoredHead": "fudge",
-    "Fudge": "fudge",
-    "NullspaceProjection": "nullspace",
-    "PPLM": "pplm",
-    "Prompt": "experts",
-    "SelfDebias": "self_debias",
+    "moralguard.controls.base": ("BoundControl", "Control"),
+    "moralguard.controls.dexperts": ("DExperts",),
+    "moralguard.controls.experts": ("Prompt",),
+    "moralguard.controls.fudge": ("FactoredHead", "Fudge"),
+    "moralguard.controls.nullspace": ("NullspaceProjection",),
+    "moralguard.controls.pplm": ("PPLM",),
+    "moralguard.controls.self_debias": ("SelfDebias",),
+    "moralguard.decoding.passes": ("Pass",),
+    "moralguard.decoding.step": ("Columns", "Step"),
+    "moralguard.decoding.terms": ("Attenuation", "Dense", "Keep", "LowRank", "Mix", "Sparse", "Terms"),
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 if TYPE_CHECKING:  # names are re-exported lazily below
     # ruff: noqa: F401
@@ -28,9 +32,13 @@ if TYPE_CHECKING:  # names are re-exported lazily below
     from moralguard.controls.nullspace import NullspaceProjection
     from moralguard.controls.pplm import PPLM
     from moralguard.controls.self_debias import SelfDebias
+    from moralguard.decoding.passes import Pass
+    from moralguard.decoding.step import Columns, Step
+    from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Terms
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(home), name)

@@ -8,9 +8,7 @@ import torch
 from pydantic import Field
 
 from moralguard import LanguageModel, Value
-from moralguard.controls import BoundControl, Control
-from moralguard.decoding.step import Step
-from moralguard.decoding.terms import Sparse, Terms
+from moralguard.controls import BoundControl, Control, Sparse, Step, Terms
 from moralguard.errors import PolicyError
 
 
