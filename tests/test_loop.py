@@ -585,3 +585,20 @@ def test_gate_in_the_own_loop(name: str) -> None:
     partly = guard_of(name, gate=Gate(first_tokens=3))
     limited = partly.generate(FIVE, seed=1, **SAMPLING).token_ids
     assert [ids[:3] for ids in limited] == [ids[:3] for ids in opened.generate(FIVE, seed=1, **SAMPLING).token_ids]
+
+
+def test_failure_of_a_batch_that_no_row_repeats_is_told(monkeypatch):
+    """The law is still right, row by row, but a control that only works on single rows must not go unnoticed."""
+    guard = mg.Guard(mg.Policy(controls=[SelfDebias(prefixes=[[3, 4]])]), (llama(), None))
+    prompts = [[5, 6, 7], [8, 9]]
+    usual = guard.generate(prompts, max_new_tokens=3).token_ids
+    bound, whole = guard.controls[0], guard.controls[0].terms
+
+    def single_rows_only(step):
+        if step.rows > 1:
+            raise ValueError("one row at a time")
+        return whole(step)
+
+    monkeypatch.setattr(bound, "terms", single_rows_only)
+    with pytest.warns(RuntimeWarning, match="one row at a time"):
+        assert guard.generate(prompts, max_new_tokens=3).token_ids == usual

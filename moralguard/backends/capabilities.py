@@ -28,6 +28,3 @@ class Capabilities:
     def missing_from(self, offered: Capabilities) -> list[str]:
         """Names of the capabilities that this asks for and ``offered`` lacks."""
         return [f.name for f in fields(self) if getattr(self, f.name) and not getattr(offered, f.name)]
-
-    def __or__(self, other: Capabilities) -> Capabilities:
-        return Capabilities(**{f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)})

@@ -210,7 +210,7 @@ class PassView:
 class PassTable:
     """All passes of a batch of requests: deduplicated, grouped by weights, pass-major rows in each group.
 
-    Every group is built from the requests' token ids; ``base`` (when given) is the request's own text on the base's weights.
+    Every group is built from the requests' token ids. Where one of the groups is on ``hidden_for``, it keeps hidden states.
     """
 
     def __init__(self, passes: Sequence[Pass], prompts: Sequence[Sequence[int]], *, hidden_for: LanguageModel | None = None):

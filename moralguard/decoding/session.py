@@ -7,6 +7,7 @@ logits of a step, draw tokens, and commit them.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -147,8 +148,15 @@ class Session:
                 raise _DisabledError
             terms = [self._gated(self._terms_of(i, step), open_rows) for i in range(len(self.controls))]
             rectified = rectify(base, terms)
-        except Exception:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
+        except Exception as error:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
             rectified, carries, failures = self._row_by_row(step, open_rows)
+            if not failures and not isinstance(error, _DisabledError):
+                warnings.warn(
+                    f"a control failed on {self.rows} rows together but on none alone, so the step was run row by row, which is slower: "
+                    f"{type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             self._pending = replace(self._pending, terms=carries)
             return Outcome(base, rectified.logits, rectified.touched, None, tuple(failures))
         self._pending = replace(self._pending, terms=terms)
