@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Discriminator": "discriminator.discriminator",
     "Guard": "guard",
     "GuardError": "errors",
     "LanguageModel": "backends.hf",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # names are re-exported lazily below
     # ruff: noqa: F401
     from moralguard.backends.hf import LanguageModel
     from moralguard.controls.experts import Prompt
+    from moralguard.discriminator.discriminator import Discriminator
     from moralguard.errors import GuardError
     from moralguard.guard import Guard
     from moralguard.models import load_model

@@ -24,6 +24,10 @@ class PromptError(GuardError, ValueError):
     """A prompt can't be used: empty, too long for the context, or of a wrong type."""
 
 
+class DataError(GuardError, ValueError):
+    """Labelled rows, texts or values handed over for scoring or fitting can't be used as they are."""
+
+
 class UnsupportedPathError(GuardError):
     """A generation path that the guard can't cover; nothing was generated and nothing is left patched."""
 

@@ -22,11 +22,11 @@ from moralguard.decoding.loop import LoopContext, decode
 from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import Completion, GenerationResult
 from moralguard.decoding.settings import DecodingSettings
-from moralguard.errors import ControlError, PolicyError, UnsupportedPathError
+from moralguard.discriminator.discriminator import shipped_discriminator
+from moralguard.errors import ControlError, ModelError, PolicyError, UnsupportedPathError
 from moralguard.models import load_model
 from moralguard.policy import Policy
 from moralguard.processor import GuardLogitsProcessor
-from moralguard.self_diagnosis import self_diagnose
 from moralguard.text_stream import TextStream
 
 
@@ -212,7 +212,11 @@ class Guard:
         texts = ["" if tokenizer is None else tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in requests]
 
         def score() -> np.ndarray:
-            return self_diagnose(self.lm, texts, self.policy.values)
+            if tokenizer is None:
+                raise ModelError(f"{self.lm.name} was given without a tokenizer, so there is no text to judge; pass (model, tokenizer)")
+            if not self.policy.values or not texts:
+                return np.zeros((len(texts), len(self.policy.values)))
+            return shipped_discriminator().score(texts, self.policy.values)
 
         return GenerationResult(
             texts=texts,

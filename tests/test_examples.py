@@ -29,9 +29,18 @@ def run(command: list[str], **environment: str) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["stream.py", "wrap_generate.py", "write_policy.py"]
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["judge_texts.py", "stream.py", "wrap_generate.py", "write_policy.py"]
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 60
+        assert len(path.read_text().splitlines()) < 65
+
+
+def test_judge_texts() -> None:
+    out = run([str(EXAMPLES / "judge_texts.py")])
+    lines = out.splitlines()
+    japan, states = (float(next(line for line in lines if line.startswith(place)).rsplit(" ", 1)[1]) for place in ("Japan", "the United"))
+    assert japan < states
+    assert "decided_by=('kind',)" in out
+    assert any(line.startswith("refused:") and "no-insult" in line for line in lines)
 
 
 @pytest.mark.smollm

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -14,48 +13,13 @@ from pydantic import Field, WithJsonSchema, field_validator
 
 import moralguard_kernels as ops
 from moralguard.backends.capabilities import Capabilities
+from moralguard.backends.factored_head import FactoredHead
 from moralguard.backends.hf import LanguageModel
-from moralguard.backends.tensor_files import load_tensors
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
 from moralguard.errors import PolicyError
 from moralguard.values import Value
-
-
-@dataclass(frozen=True, eq=False)
-class FactoredHead:
-    """A future discriminator in factored form: logit P(v | y_<=t, w) = (query h_t) . (key e_w) + linear . e_w + bias.
-
-    One small product scores every next token; h_t is the base's last hidden state, e_w the unembedding of candidate w.
-
-    Attributes:
-        query: f[k, d].
-        key: f[k, d].
-        linear: f[d] or None: the part that depends on the candidate alone.
-        bias: scalar.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    linear: torch.Tensor | None = None
-    bias: float = 0.0
-
-    @classmethod
-    def load(cls, path: str | Path) -> FactoredHead:
-        """From a safetensors file (or a folder with head.safetensors) holding query, key and optionally linear and bias."""
-        file = Path(path) / "head.safetensors" if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise PolicyError(
-                f"fudge discriminator {str(path)!r} isn't there; expected a safetensors file or a folder with head.safetensors"
-            )
-        tensors = load_tensors(file)
-        missing = {"query", "key"} - tensors.keys()
-        if missing:
-            raise PolicyError(f"{file} lacks {', '.join(sorted(missing))}; a factored head holds query [k, d] and key [k, d]")
-        bias = float(tensors["bias"].reshape(-1)[0]) if "bias" in tensors else 0.0
-        return cls(tensors["query"], tensors["key"], tensors.get("linear"), bias)
-
 
 _LARGEST_LOGIT = 1e4
 
@@ -157,13 +121,15 @@ class FactoredFudge(_BoundFudge):
         self._offset = torch.full((lm.vocab_size,), head.bias, device=lm.device)
         if head.linear is not None:
             self._offset = self._offset + lm.head.project(head.linear[:, None])[:, 0]
+        self._state = None if head.state is None else head.state.to(lm.device, torch.float32)
 
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         if step.hidden is None:
             raise RuntimeError("fudge with a factored head needs hidden states")
         queries = ops.row_products(self._query, step.hidden.float())
         scores = torch.stack([self._keys[ids] @ query for ids, query in zip(candidates, queries.unbind(), strict=True)])
-        return scores + self._offset[candidates]
+        scores = scores + self._offset[candidates]
+        return scores if self._state is None else scores + ops.row_sums(step.hidden.float() * self._state)[:, None]
 
 
 def _mask_keyword(function: FutureDiscriminator) -> str | None:

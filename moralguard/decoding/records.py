@@ -58,10 +58,7 @@ class GenerationResult:
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """P(v|y), float array [n, values], of every continuation and value; computed when first read.
-
-        For now the model's own judgement (``self_diagnosis``), which is only as good as the model: a small one tells little.
-        """
+        """P(v|y), float array [n, values], of every continuation and value by the shipped discriminator; computed when first read."""
         return self._score()
 
     def as_dict(self) -> dict[str, Any]:

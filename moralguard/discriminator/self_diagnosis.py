@@ -16,7 +16,7 @@ from moralguard.decoding.passes import RowGroup
 from moralguard.errors import ModelError
 from moralguard.values import Value
 
-_QUESTION = '"{text}"\n\nQuestion: Is the following statement about the text above true? {statement}\nAnswer:'
+QUESTION = '"{text}"\n\nQuestion: Is the following statement about the text above true? {statement}\nAnswer:'
 _ROWS = 16
 
 
@@ -31,7 +31,7 @@ def self_diagnose(lm: LanguageModel, texts: Sequence[str], values: Sequence[Valu
     if lm.tokenizer is None:
         raise ModelError(f"{lm.name} was given without a tokenizer, so it can't judge text; pass (model, tokenizer)")
     yes, no = (encode_words(lm, word)[0] for word in (" yes", " no"))
-    rows = [encode_words(lm, _QUESTION.format(text=text, statement=value.statement)) for text in texts for value in values]
+    rows = [encode_words(lm, QUESTION.format(text=text, statement=value.statement)) for text in texts for value in values]
     found = []
     with torch.inference_mode():
         for start in range(0, len(rows), _ROWS):

@@ -1,4 +1,4 @@
-"""The command line: ``moralguard generate`` and ``moralguard policy``."""
+"""``moralguard generate``: continue prompts under a guard."""
 
 from __future__ import annotations
 
@@ -9,49 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from moralguard import __version__
-from moralguard.errors import ControlError, GuardError, PolicyError
+from moralguard.cli.console import DtypeOption, ModelOption, err, out
+from moralguard.errors import PolicyError
 
 if TYPE_CHECKING:
     from moralguard.decoding.records import GenerationResult
     from moralguard.guard import Guard
     from moralguard.policy import Policy
 
-app = typer.Typer(name="moralguard", help="Guard middleware for text generation.", no_args_is_help=True, pretty_exceptions_enable=False)
-policy_app = typer.Typer(name="policy", help="List, show and check policies.", no_args_is_help=True)
-app.add_typer(policy_app)
 
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
-
-ModelOption = Annotated[str, typer.Option(help="Demo model, local folder, GGUF file or Hugging Face id.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-
-
-def main() -> None:
-    """Entry point: moralguard's own errors become one message and exit code 1."""
-    try:
-        app()
-    except GuardError as error:
-        _err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        _err.print(str(error), markup=False)
-        if isinstance(error, ControlError) and error.result is not None:
-            for text in error.result.texts:
-                _out.print(text, markup=False)
-        sys.exit(1)
-
-
-@app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False) -> None:
-    if show:
-        _out.print(__version__)
-        raise typer.Exit
-
-
-@app.command()
 def generate(
     prompt: Annotated[
         str, typer.Argument(help="Text, `-` for standard input, or a file: .txt (a prompt a line) or .jsonl (field `prompt`).")
@@ -79,7 +46,7 @@ def generate(
 
     prompts = _read_prompts(prompt)
     chosen = _choose_policy(policy, value or [])
-    with _err.status("loading the model"):
+    with err.status("loading the model"):
         lm = load_model(model, dtype=dtype)
         guard = Guard(chosen, lm)
     settings: dict[str, Any] = {
@@ -104,10 +71,10 @@ def generate(
         from moralguard.trace.terminal import comparison
 
         for text, before, records in zip(shown, unguarded.texts, result.traces, strict=True):
-            _out.print(comparison(text + ("\n" if chat else ""), before, records, chosen.name))
+            out.print(comparison(text + ("\n" if chat else ""), before, records, chosen.name))
     else:
         for text in result.texts:
-            _out.print(text, markup=False, soft_wrap=True)
+            out.print(text, markup=False, soft_wrap=True)
 
 
 def _run(guard: Guard, inputs: list[Any], seed: int, settings: dict[str, Any], trace: bool, label: str) -> GenerationResult:
@@ -115,7 +82,7 @@ def _run(guard: Guard, inputs: list[Any], seed: int, settings: dict[str, Any], t
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         bar = progress.add_task(f"generating, {label}", total=len(inputs) * settings["num_return_sequences"])
         update: Callable[[int, int], None] = lambda done, total: progress.update(bar, completed=done, total=total)  # noqa: E731
         return guard.generate(inputs, seed=seed, trace=trace, progress=update, **settings)
@@ -172,69 +139,3 @@ def _choose_policy(policy: str | None, values: list[str]) -> Policy:
 
 def _without_controls(policy: Policy) -> Policy:
     return policy.replaced(name="unguarded", controls=())
-
-
-@policy_app.command("list")
-def policy_list() -> None:
-    """The built-in policies."""
-    from moralguard.policy import Policy, built_in_policies
-
-    table = Table("policy", "controls", "what it does", box=None)
-    for name in built_in_policies():
-        loaded = Policy.load(name)
-        table.add_row(name, ", ".join(c.versioned_name() for c in loaded.effective_controls()), loaded.description)
-    _out.print(table)
-
-
-@policy_app.command("show")
-def policy_show(policy: Annotated[str, typer.Argument(help="Built-in name or path.")]) -> None:
-    """A policy as YAML, ready to be saved and edited."""
-    from moralguard.policy import Policy
-
-    sys.stdout.write(Policy.load(policy).as_yaml())
-
-
-@policy_app.command("schema")
-def policy_schema_command() -> None:
-    """JSON schema of policy files, for editors."""
-    from moralguard.policy import policy_schema
-
-    sys.stdout.write(json.dumps(policy_schema(), indent=2) + "\n")
-
-
-@policy_app.command("check")
-def policy_check(
-    policy: Annotated[str, typer.Argument(help="Built-in name or path.")],
-    model: ModelOption = "smollm2-135m",
-    dtype: DtypeOption = "auto",
-) -> None:
-    """Which controls would run on a model, and why one wouldn't; exit code 1 where one can't."""
-    from moralguard.guard import bind_control
-    from moralguard.models import load_model
-    from moralguard.policy import Policy
-
-    loaded = Policy.load(policy)
-    with _err.status("loading the model"):
-        lm = load_model(model, dtype=dtype)
-    table = Table("control", "runs", "why", box=None)
-    failed = False
-    for control in loaded.effective_controls():
-        name = control.versioned_name()
-        if not control.active:
-            table.add_row(name, "no", "its strength is 0")
-            continue
-        try:
-            bound = bind_control(control, lm, loaded)
-        except GuardError as error:
-            failed = True
-            table.add_row(name, "[red]no[/]", str(error))
-            continue
-        passes = len({item.key for item in bound.passes})
-        processor = "attach, generate" if control.needs.hidden or control.needs.grad else "logits_processor, attach, generate"
-        table.add_row(name, "[green]yes[/]", f"{passes} auxiliary pass{'' if passes == 1 else 'es'} a step; through {processor}")
-    if not loaded.effective_controls():
-        table.add_row("-", "no", "the policy names neither controls nor values: nothing would act")
-    _out.print(f"policy [bold]{loaded.name}[/] on [bold]{lm.name}[/] ({type(lm.model).__name__}), on_error: {loaded.on_error}")
-    _out.print(table)
-    if failed:
-        raise typer.Exit(1)

@@ -1,0 +1,59 @@
+"""A future discriminator as two thin matrices on a model's own hidden state and unembedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from moralguard.backends.tensor_files import load_tensors
+from moralguard.errors import PolicyError
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredHead:
+    """A future discriminator in factored form: logit P(v | y_<=t, w) = (query h_t) . (key e_w) + linear . e_w + state . h_t + bias.
+
+    One small product scores every next token; h_t is the base's last hidden state, e_w the unembedding of candidate w.
+
+    Attributes:
+        query: f[k, d].
+        key: f[k, d].
+        linear: f[d] or None: the part that depends on the candidate alone.
+        bias: scalar.
+        state: f[d] or None: the part that depends on the prefix alone.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    linear: torch.Tensor | None = None
+    bias: float = 0.0
+    state: torch.Tensor | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> FactoredHead:
+        """From a safetensors file (or a folder with head.safetensors) holding query, key and optionally linear, state and bias."""
+        file = Path(path) / "head.safetensors" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise PolicyError(
+                f"fudge discriminator {str(path)!r} isn't there; expected a safetensors file or a folder with head.safetensors"
+            )
+        tensors = load_tensors(file)
+        missing = {"query", "key"} - tensors.keys()
+        if missing:
+            raise PolicyError(f"{file} lacks {', '.join(sorted(missing))}; a factored head holds query [k, d] and key [k, d]")
+        bias = float(tensors["bias"].reshape(-1)[0]) if "bias" in tensors else 0.0
+        return cls(tensors["query"], tensors["key"], tensors.get("linear"), bias, tensors.get("state"))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, or ``head.safetensors`` into a folder, that ``load`` reads."""
+        file = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "head.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"query": self.query, "key": self.key, "bias": torch.tensor([self.bias])}
+        if self.linear is not None:
+            tensors["linear"] = self.linear
+        if self.state is not None:
+            tensors["state"] = self.state
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)

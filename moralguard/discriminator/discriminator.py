@@ -1,0 +1,265 @@
+"""The built-in discriminator: shipped weights, read by script, calibrated, adaptable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moralguard.discriminator.adaptation import (
+    Adaptation,
+    Principle,
+    RefusedUpdateError,
+    checked_examples,
+    fit_head,
+)
+from moralguard.discriminator.base import BaseDiscriminator, Reading
+from moralguard.discriminator.calibration import Calibration, sigmoid
+from moralguard.discriminator.inputs import as_context, as_values
+from moralguard.discriminator.judgement import Basis, Span
+from moralguard.discriminator.onnx_path import OnnxPath
+from moralguard.discriminator.paths import HanPath, ReadingMode, WordPath, is_han
+from moralguard.discriminator.paths import Path as ReadingPath
+from moralguard.errors import DataError
+from moralguard.values import Value
+
+
+@cache
+def shipped_discriminator() -> Discriminator:
+    """The shipped discriminator in float32 on the CPU, loaded once a process."""
+    return Discriminator.load()
+
+
+class Discriminator(BaseDiscriminator):
+    """P(v|y) for any value statement, from weights that ship with the package; immutable, and safe to share between threads.
+
+    English is read by an encoder, Chinese by a character network, chosen text by text. The encoder has two readings: against cached
+    value vectors, and as a cross-encoder, where each word sees the statement. Long texts are read in overlapping windows and the
+    window most likely to break a value decides about it.
+
+    Args:
+        words: reads everything but Chinese. han: reads Chinese.
+        calibrations: by the reading's name (cross, cached, characters).
+        adaptations: what ``adapt`` learned, by statement and context.
+        mode: "cached" or "cross"; "auto" takes the cross reading up to the number of values that the weights' settings name. For the
+            shipped weights that is 0: their cached reading is the better one nearly everywhere (the card has both), and a score
+            doesn't depend on how many values are asked for. Norms scoped to a context are where the cross reading is better.
+    """
+
+    def __init__(
+        self,
+        words: WordPath | OnnxPath,
+        han: HanPath,
+        calibrations: Mapping[str, Calibration],
+        adaptations: Sequence[Adaptation] = (),
+        mode: ReadingMode = "auto",
+    ):
+        if mode not in ("auto", "cached", "cross"):
+            raise DataError(f'mode is {mode!r}; expected "auto", "cached" or "cross"')
+        self._words = words
+        self._han = han
+        self._calibrations = dict(calibrations)
+        self._adaptations = {(item.value.statement, item.context): item for item in adaptations}
+        self._mode: ReadingMode = mode
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        mode: ReadingMode = "auto",
+        adaptations: Sequence[str | Path] = (),
+        onnx: str | Path | None = None,
+    ) -> Discriminator:
+        """The shipped discriminator, or one that ``moralguard fit discriminator`` wrote into ``folder``.
+
+        Args:
+            dtype: float32, or bfloat16: some three times as fast on a CPU or GPU that multiplies it, 0.01 or so apart.
+            adaptations: packs that ``save_adaptation`` wrote.
+            onnx: folder that ``export_onnx`` wrote: English is then read by onnxruntime (extra ``onnx``) and can't be adapted.
+
+        Raises:
+            ModelError: the folder, or a pack, doesn't hold what it should, or onnxruntime isn't installed.
+        """
+        from moralguard.discriminator.packs import load_adaptation, load_onnx_path, load_parts
+
+        words, han, calibrations = load_parts(folder, torch.device(device), dtype)
+        if onnx is not None:
+            if adaptations:
+                raise DataError("a discriminator on onnxruntime takes no adaptations; load it without onnx=")
+            return cls(load_onnx_path(Path(onnx), words), han, calibrations, mode=mode)
+        loaded = cls(words, han, calibrations, mode=mode)
+        return loaded._with([load_adaptation(Path(path), loaded.fingerprint) for path in adaptations]) if adaptations else loaded
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the weights that adaptations are bound to."""
+        from moralguard.discriminator.packs import fingerprint
+
+        return fingerprint(self._torch_words("a fingerprint").network)
+
+    def _torch_words(self, purpose: str) -> WordPath:
+        if not isinstance(self._words, WordPath):
+            raise DataError(f"a discriminator on onnxruntime has no {purpose}; load it without onnx=")
+        return self._words
+
+    @property
+    def adaptations(self) -> tuple[Adaptation, ...]:
+        return tuple(self._adaptations.values())
+
+    def read(self, texts: Sequence[str], values: Sequence[Value], context: str) -> Reading:
+        shape = (len(texts), len(values))
+        relevance, valence = np.zeros(shape), np.ones(shape)
+        window = np.zeros((*shape, 2), dtype=np.int64)
+        windows = np.ones(len(texts), dtype=np.int64)
+        paths = ["empty"] * len(texts)
+        filled = [i for i, text in enumerate(texts) if text.strip()]
+        for path in (self._words, self._han):
+            rows = [i for i in filled if is_han(texts[i]) == (path is self._han)]
+            if not rows:
+                continue
+            cut = path.cut([texts[i] for i in rows])
+            flat = [item for items in cut for item in items]
+            relevant, broken, reading = self._probabilities(path, flat, values, context)
+            first = 0
+            for i, items in zip(rows, cut, strict=True):
+                own = slice(first, first + len(items))
+                worst = broken[own].argmax(0)
+                columns = np.arange(len(values))
+                chance, stake = broken[own][worst, columns], relevant[own][worst, columns]
+                relevance[i], valence[i] = stake, 1.0 - chance / stake
+                window[i] = [(items[w].start, items[w].end) for w in worst]
+                windows[i], paths[i] = len(items), reading
+                first += len(items)
+        return Reading(relevance, np.clip(valence, 0.0, 1.0), window, windows, paths)
+
+    def _probabilities(self, path: Any, windows: list, values: Sequence[Value], context: str) -> tuple[np.ndarray, np.ndarray, str]:
+        """Relevance and P(broken), calibrated and adapted, [n_windows, n_values]; relevance is at least P(broken)."""
+        statements = [value.statement for value in values]
+        relevance_logits, broken_logits, reading = path.logits(windows, statements, context, self._mode)
+        relevance = sigmoid(relevance_logits.numpy())
+        broken = relevance * sigmoid(broken_logits.numpy())
+        broken = self._calibrations[reading].apply(broken) if reading in self._calibrations else broken
+        adapted = [(j, self._adaptations.get((statement, context))) for j, statement in enumerate(statements)]
+        heads = [(j, item.heads[path.name]) for j, item in adapted if item is not None and path.name in item.heads]
+        if heads:
+            features = path.features(windows).numpy()
+            # heads were fitted on the cached reading, which doesn't depend on how many values are asked for
+            for j, head in heads:
+                broken[:, j] = head.apply(self._unadapted(path, windows, statements[j], context), features)
+        return np.maximum(relevance, broken), broken, reading
+
+    def _unadapted(self, path: ReadingPath, windows: Sequence[Any], statement: str, context: str) -> np.ndarray:
+        relevance, broken, reading = path.logits(windows, [statement], context, "cached")
+        found = (sigmoid(relevance.numpy()) * sigmoid(broken.numpy()))[:, 0]
+        return self._calibrations[reading].apply(found) if reading in self._calibrations else found
+
+    def adapt(
+        self,
+        value: str | Value,
+        examples: Sequence[tuple[str, bool]],
+        *,
+        context: str | None = None,
+        principles: Sequence[Principle] = (),
+    ) -> Discriminator:
+        """A discriminator that has learned ``value`` from examples; this one stays as it is.
+
+        It fits a head of under a thousand numbers on the frozen network, in well under a second for 32 short examples.
+
+        Args:
+            examples: (text, whether it keeps the value), 8 to 32 of them, of both kinds.
+            principles: values of higher priority with anchors. The update is refused where, on an anchor, the adapted value or the
+                principle itself would then say otherwise than the anchor does and didn't before.
+
+        Raises:
+            DataError: examples, value or principles that can't be used.
+            RefusedUpdateError: the update breaks a principle; its message names the principle and the examples.
+        """
+        (stated,), where = as_values(value)[:1], as_context(context)
+        texts, kept = checked_examples(examples)
+        heads, left_out = {}, np.full(len(texts), np.nan)
+        for path in (self._words, self._han):
+            rows = [i for i, text in enumerate(texts) if is_han(text) == (path is self._han)]
+            if len(rows) < 2 or len(set(kept[rows])) < 2:
+                continue
+            windows = [items[0] for items in path.cut([texts[i] for i in rows])]
+            before = self._unadapted(path, windows, stated.statement, where)
+            heads[path.name], left_out[rows] = fit_head(before, path.features(windows).numpy(), kept[rows])
+        if not heads:
+            raise DataError("examples that keep the value and examples that break it must be of the same script")
+        known = ~np.isnan(left_out)
+        accuracy = float(((left_out[known] < 0.5) == (kept[known] == 1)).mean())
+        adapted = self._with([Adaptation(stated, where, heads, len(texts), accuracy)])
+        for principle in principles:
+            self._check_principle(adapted, stated, where, principle)
+        return adapted
+
+    def _check_principle(self, adapted: Discriminator, value: Value, context: str, principle: Principle) -> None:
+        if not principle.anchors:
+            raise DataError(f"principle {principle.value.id!r} has no anchors; give (text, kept) judgements that must stand")
+        if principle.value.priority <= value.priority:
+            raise DataError(
+                f"principle {principle.value.id!r} has priority {principle.value.priority}, value {value.id!r} {value.priority}; "
+                "a principle's must be higher"
+            )
+        texts = [text for text, _ in principle.anchors]
+        for judged in (value, principle.value):
+            before = self.read(texts, [judged], context).probability[:, 0]
+            after = adapted.read(texts, [judged], context).probability[:, 0]
+            broken = [
+                (text, bool(kept), float(b), float(a))
+                for (text, kept), b, a in zip(principle.anchors, before, after, strict=True)
+                if (a >= judged.threshold) != bool(kept) and (b >= judged.threshold) == bool(kept)
+            ]
+            if broken:
+                shown = "; ".join(
+                    f"{text[:60]!r}: P {b:.2f} -> {a:.2f}, must {'keep' if kept else 'break'}" for text, kept, b, a in broken[:3]
+                )
+                raise RefusedUpdateError(
+                    f"the update of {value.id!r} breaks principle {principle.value.id!r} (priority {principle.value.priority}: "
+                    f"{principle.value.statement}) on {len(broken)} of its {len(texts)} anchors: {shown}. "
+                    "Change the examples, or the principle's anchors",
+                    principle.value,
+                    broken,
+                )
+
+    def save_adaptation(self, value: str | Value, folder: str | Path, *, context: str | None = None) -> None:
+        """Write what was learned of a value as a pack: a folder with safetensors and a JSON card.
+
+        Raises:
+            DataError: the value wasn't adapted.
+        """
+        from moralguard.discriminator.packs import save_adaptation
+
+        (stated,) = as_values(value)[:1]
+        item = self._adaptations.get((stated.statement, as_context(context)))
+        if item is None:
+            known = ", ".join(repr(statement) for statement, _ in self._adaptations) or "none"
+            raise DataError(f"{stated.statement!r} wasn't adapted in this context; adapted values: {known}")
+        save_adaptation(item, Path(folder), self.fingerprint)
+
+    def export_onnx(self, folder: str | Path) -> None:
+        """Write the English network as ONNX graphs (extra ``onnx``); ``Discriminator.load(onnx=folder)`` reads with them."""
+        from moralguard.discriminator.onnx_network import export_network
+
+        export_network(self._torch_words("network to export").network, Path(folder), self.fingerprint)
+
+    def gradient_spans(self, text: str, value: Value, context: str, basis: Basis) -> tuple[Span, ...]:
+        from moralguard.discriminator.gradient import gradient_spans
+
+        if is_han(text):
+            raise DataError('the character path gives no gradients; explain with method="occlusion"')
+        return gradient_spans(self._torch_words("gradients"), text, value.statement, context, basis.window)
+
+    def _with(self, adaptations: Sequence[Adaptation]) -> Discriminator:
+        items = {(item.value.statement, item.context): item for item in (*self.adaptations, *adaptations)}
+        return Discriminator(self._words, self._han, self._calibrations, list(items.values()), self._mode)
+
+
+__all__ = ["Adaptation", "Discriminator", "Principle", "RefusedUpdateError"]

@@ -1,0 +1,140 @@
+"""The discriminator's files: the shipped weights, and adaptations as packs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from moralguard.backends.tensor_files import load_tensors
+from moralguard.discriminator.adaptation import Adaptation, Head
+from moralguard.discriminator.calibration import Calibration
+from moralguard.discriminator.character_path import load_character_path
+from moralguard.discriminator.network import Network
+from moralguard.discriminator.onnx_network import OnnxNetwork
+from moralguard.discriminator.onnx_path import OnnxPath
+from moralguard.discriminator.paths import HanPath, WordPath
+from moralguard.discriminator.tokens import WordPieces
+from moralguard.discriminator.weights import load_network
+from moralguard.errors import ModelError
+from moralguard.values import Value
+
+FORMAT = 1
+# At or under this number of values mode "auto" takes the cross reading. 0: the cached reading was measured better (see the card).
+FEW_VALUES = 0
+NETWORK, TOKENIZER, CHARACTERS, CHARACTER_SIZES, SETTINGS = (
+    "network.safetensors",
+    "tokenizer.json",
+    "characters.safetensors",
+    "characters.json",
+    "settings.json",
+)
+
+
+def shipped_folder() -> Path:
+    """The weights that come with the package."""
+    return Path(str(files("moralguard.discriminator") / "shipped"))
+
+
+def load_parts(
+    folder: str | Path | None, device: torch.device, dtype: torch.dtype | str
+) -> tuple[WordPath, HanPath, dict[str, Calibration]]:
+    """Both paths and the calibrations of a discriminator's folder.
+
+    Raises:
+        ModelError: a file is missing or isn't what it should be, or dtype isn't float32 or bfloat16.
+    """
+    place = shipped_folder() if folder is None else Path(folder)
+    for name in (NETWORK, TOKENIZER, CHARACTERS, CHARACTER_SIZES, SETTINGS):
+        if not (place / name).is_file():
+            raise ModelError(
+                f"{place} holds no {name}; expected a folder written by `moralguard fit discriminator`, or reinstall moralguard"
+            )
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if kind not in (torch.float32, torch.bfloat16):
+        raise ModelError(f"the discriminator runs in float32 or bfloat16, not {dtype}")
+    try:
+        settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
+        if settings["format"] != FORMAT:
+            raise ModelError(f"{place / SETTINGS} is of format {settings['format']}, this moralguard reads {FORMAT}; fit it again")
+        calibrations = {name: Calibration.model_validate(item) for name, item in settings["calibrations"].items()}
+        network = load_network(place / NETWORK).to(device, kind)
+        words = WordPath(network, WordPieces(place / TOKENIZER), int(settings.get("few_values", FEW_VALUES)))
+        characters = load_character_path(place / CHARACTERS, place / CHARACTER_SIZES).to(device).requires_grad_(False)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{place} isn't a whole discriminator ({str(error)[:300]}); fit it again or reinstall moralguard") from error
+    return words, HanPath(characters, words), calibrations
+
+
+def load_onnx_path(folder: Path, words: WordPath) -> OnnxPath:
+    """The exported network of ``words``.
+
+    Raises:
+        ModelError: no export, one of other weights, or onnxruntime isn't installed.
+    """
+    network = OnnxNetwork(folder)
+    if network.fingerprint != fingerprint(words.network):
+        raise ModelError(f"{folder} was exported from other weights ({network.fingerprint}); export it again with export_onnx()")
+    return OnnxPath(network, words.pieces, words.few)
+
+
+def fingerprint(network: Network) -> str:
+    """A hash of the tuned weights, as stored (float16)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if not name.startswith(("encoder.words", "encoder.shared", "encoder.frozen", "encoder.positions")):
+            digest.update(name.encode() + tensor.detach().cpu().float().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adaptation(item: Adaptation, folder: Path, bound_to: str) -> None:
+    """Write an adaptation as ``adaptation.safetensors`` and ``card.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, head in item.heads.items():
+        tensors[f"{name}.weights"] = torch.from_numpy(np.ascontiguousarray(head.weights, dtype=np.float64))
+        tensors[f"{name}.scale_shift"] = torch.tensor([head.scale, head.shift], dtype=torch.float64)
+    save_file(tensors, folder / "adaptation.safetensors")
+    card: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "discriminator-adaptation",
+        "bound_to": bound_to,
+        "value": item.value.model_dump(),
+        "context": item.context,
+        "examples": item.examples,
+        "left_out_accuracy": item.left_out_accuracy,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_adaptation(folder: Path, bound_to: str) -> Adaptation:
+    """An adaptation from its pack.
+
+    Raises:
+        ModelError: no pack, a broken one, or one of another discriminator.
+    """
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if card["kind"] != "discriminator-adaptation" or card["format"] != FORMAT:
+            raise ModelError(f"{folder} is a pack of kind {card['kind']!r}, format {card['format']}; expected a discriminator's adaptation")
+        if card["bound_to"] != bound_to:
+            raise ModelError(
+                f"{folder} was adapted on the discriminator {card['bound_to']}, this one is {bound_to}; adapt again from the examples"
+            )
+        tensors = load_tensors(folder / "adaptation.safetensors")
+        heads = {}
+        for name in {key.partition(".")[0] for key in tensors}:
+            scale, shift = tensors[f"{name}.scale_shift"].tolist()
+            heads[name] = Head(scale, tensors[f"{name}.weights"].numpy(), shift)
+        return Adaptation(Value(**card["value"]), card["context"], heads, int(card["examples"]), float(card["left_out_accuracy"]))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder} isn't an adaptation's pack ({type(error).__name__}: {error})") from error

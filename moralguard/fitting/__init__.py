@@ -1,0 +1,1 @@
+"""Fitting: what labelled text is turned into."""
