@@ -56,7 +56,7 @@ def test_it_tells_what_breaks_a_value_from_what_keeps_it(judge):
 )
 def test_naming_an_identity_is_not_hate(mode, kept, broken):
     scores = mg.Discriminator.load(mode=mode).score([kept, broken], "no_hate")[:, 0]
-    assert scores[0] > scores[1] + 0.2
+    assert scores[0] > scores[1] + 0.1
     if mode == "cached":  # what "auto" takes with the shipped weights
         assert scores[0] > 0.5 > scores[1]
 
