@@ -42,7 +42,8 @@ def occlusion_spans(probability: Callable[[list[str]], np.ndarray], text: str, w
     # a longer run has to earn its further words: what it gains is shared among them
     ranked = sorted(zip(runs, gains, strict=True), key=lambda item: -item[1] / item[0][2] ** 0.5)
     chosen = without_overlap([(start, end, float(gain)) for (start, end, _), gain in ranked])
-    return tuple(Span(window[0] + s, window[0] + e, part[s:e], gain) for s, e, gain in chosen)
+    spans = [Span(window[0] + s, window[0] + e, part[s:e], gain) for s, e, gain in chosen]
+    return tuple(sorted(spans, key=lambda span: -span.weight))
 
 
 def without_overlap(ranked: Sequence[tuple[int, int, float]], least: float = 1e-4) -> list[tuple[int, int, float]]:

@@ -24,7 +24,7 @@ from moralguard.discriminator.tokens import Tokens, WordPieces
 WINDOW = 96  # tokens, or characters of Chinese times two
 OVERLAP = 24
 _TOKENS_A_BATCH = 4096
-_VALUES_A_BATCH = 128
+_PAIRS_A_BATCH = 8192  # texts times values whose features are held at once, some 50 MB
 _CACHED_VALUES = 4096
 
 ReadingMode = Literal["auto", "cached", "cross"]
@@ -185,8 +185,9 @@ class WordPath:
 
     def _cached(self, texts: Encoded, values: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         parts = []
-        for start in range(0, len(values), _VALUES_A_BATCH):
-            chunk = values[start : start + _VALUES_A_BATCH]
+        size = max(1, _PAIRS_A_BATCH // len(texts.mask))
+        for start in range(0, len(values), size):
+            chunk = values[start : start + size]
             vectors = torch.cat([value.states[:, 0] for value in chunk if value.states is not None])
             parts.append(self.network.cached_logits(texts, vectors, torch.cat([value.sentence for value in chunk])))
         return torch.cat([r for r, _ in parts], 1), torch.cat([b for _, b in parts], 1)
