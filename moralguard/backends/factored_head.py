@@ -8,8 +8,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from moralguard.backends.head import Head
 from moralguard.backends.tensor_files import load_tensors
 from moralguard.errors import PolicyError
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedHead:
+    """A factored head on one model: logit of candidate w = (query h_t) . keys[w] + offset[w] + state . h_t.
+
+    Attributes:
+        query: f32[k, d]. keys: f32[V, k]. offset: f32[V]. state: f32[d] or None.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    offset: torch.Tensor
+    state: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +61,15 @@ class FactoredHead:
             raise PolicyError(f"{file} lacks {', '.join(sorted(missing))}; a factored head holds query [k, d] and key [k, d]")
         bias = float(tensors["bias"].reshape(-1)[0]) if "bias" in tensors else 0.0
         return cls(tensors["query"], tensors["key"], tensors.get("linear"), bias, tensors.get("state"))
+
+    def project(self, unembedding: Head, device: torch.device) -> ProjectedHead:
+        """The head with its keys multiplied out over a model's vocabulary, in float32."""
+        keys = unembedding.project(self.key.T)
+        offset = torch.full((len(keys),), self.bias, device=keys.device)
+        if self.linear is not None:
+            offset = offset + unembedding.project(self.linear[:, None])[:, 0]
+        state = None if self.state is None else self.state.to(device, torch.float32)
+        return ProjectedHead(self.query.to(device, torch.float32), keys, offset, state)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, or ``head.safetensors`` into a folder, that ``load`` reads."""

@@ -116,20 +116,16 @@ class FactoredFudge(_BoundFudge):
         if head.query.shape[0] != head.key.shape[0]:
             shapes = f"{tuple(head.query.shape)} and key {tuple(head.key.shape)}"
             raise PolicyError(f"fudge query has shape {shapes}; expected [k, {width}] for both")
-        self._query = head.query.to(lm.device, torch.float32)
-        self._keys = lm.head.project(head.key.T)  # f32[V, k]
-        self._offset = torch.full((lm.vocab_size,), head.bias, device=lm.device)
-        if head.linear is not None:
-            self._offset = self._offset + lm.head.project(head.linear[:, None])[:, 0]
-        self._state = None if head.state is None else head.state.to(lm.device, torch.float32)
+        self._head = head.project(lm.head, lm.device)
 
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         if step.hidden is None:
             raise RuntimeError("fudge with a factored head needs hidden states")
-        queries = ops.row_products(self._query, step.hidden.float())
-        scores = torch.stack([self._keys[ids] @ query for ids, query in zip(candidates, queries.unbind(), strict=True)])
-        scores = scores + self._offset[candidates]
-        return scores if self._state is None else scores + ops.row_sums(step.hidden.float() * self._state)[:, None]
+        head, hidden = self._head, step.hidden.float()
+        queries = ops.row_products(head.query, hidden)
+        scores = torch.stack([head.keys[ids] @ query for ids, query in zip(candidates, queries.unbind(), strict=True)])
+        scores = scores + head.offset[candidates]
+        return scores if head.state is None else scores + ops.row_sums(hidden * head.state)[:, None]
 
 
 def _mask_keyword(function: FutureDiscriminator) -> str | None:

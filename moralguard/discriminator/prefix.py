@@ -41,18 +41,13 @@ class PrefixScorer:
             if matrix.ndim != 2 or matrix.shape[1] != width:
                 raise ModelError(f"the prefix head's {name} is {tuple(matrix.shape)}; {lm.name} needs [k, {width}]: fit a head for it")
         self.lm = lm
-        self._query = head.query.to(lm.device, torch.float32)
-        self._keys = lm.head.project(head.key.T)
-        self._offset = torch.full((lm.vocab_size,), head.bias, device=lm.device)
-        if head.linear is not None:
-            self._offset = self._offset + lm.head.project(head.linear[:, None])[:, 0]
-        state = torch.zeros(width) if head.state is None else head.state
-        self._state = state.to(lm.device, torch.float32)
+        self._head = head.project(lm.head, lm.device)
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """Log-odds that v is kept, float32 [..., V], for every next token after last hidden states [..., d]."""
-        hidden = hidden.float()
-        return (hidden @ self._query.T) @ self._keys.T + self._offset + (hidden @ self._state)[..., None]
+        hidden, head = hidden.float(), self._head
+        logits = (hidden @ head.query.T) @ head.keys.T + head.offset
+        return logits if head.state is None else logits + (hidden @ head.state)[..., None]
 
     def score_prefixes(self, token_ids: Sequence[int]) -> np.ndarray:
         """P(v | y_<=t) for t = 2 .. T of one text's token ids, float64 [T - 1]: each token judged from the state before it.
@@ -67,8 +62,10 @@ class PrefixScorer:
             self.lm.model(input_ids=ids, use_cache=False)
         if captured.states is None:
             raise ModelError(f"{self.lm.name} shows no hidden states")
-        states = captured.states[0, :-1].float()
-        logits = ((states @ self._query.T) * self._keys[ids[0, 1:]]).sum(-1) + self._offset[ids[0, 1:]] + states @ self._state
+        states, head, following = captured.states[0, :-1].float(), self._head, ids[0, 1:]
+        logits = ((states @ head.query.T) * head.keys[following]).sum(-1) + head.offset[following]
+        if head.state is not None:
+            logits = logits + states @ head.state
         return torch.sigmoid(logits.double()).cpu().numpy()
 
 
