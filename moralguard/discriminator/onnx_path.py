@@ -20,17 +20,16 @@ class OnnxPath:
 
     name = "words"
 
-    def __init__(self, network: OnnxNetwork, pieces: WordPieces, few: int):
+    def __init__(self, network: OnnxNetwork, pieces: WordPieces):
         self.network = network
         self.pieces = pieces
-        self._few = few
         self._values = LeastRecent(_CACHED_VALUES)
 
     def cut(self, texts: Sequence[str]) -> list[list[Window]]:
         return cut_by_pieces(self.pieces, texts)
 
     def logits(self, windows: Sequence[Window], statements: Sequence[str], context: str, mode: ReadingMode) -> tuple[Tensor, Tensor, str]:
-        cross = mode == "cross" or (mode == "auto" and len(statements) <= self._few)
+        cross = mode == "cross"
         relevance = torch.zeros(len(windows), len(statements), dtype=torch.float64)
         broken = torch.zeros_like(relevance)
         rows_of_values = [self.pieces.statements([statement], [context]) for statement in statements] if cross else []
@@ -44,7 +43,7 @@ class OnnxPath:
                 count = (len(rows), -1)
                 r, b = self.network.cross_logits(tokens.ids, tokens.mask, value.ids.expand(count), value.mask.expand(count))
                 relevance[rows, j], broken[rows, j] = r.double(), b.double()
-        return relevance, broken, "cross" if cross else "cached"
+        return relevance, broken, mode
 
     def features(self, windows: Sequence[Window]) -> Tensor:
         raise DataError("a discriminator on onnxruntime can't be adapted; adapt it on torch (Discriminator.load() without onnx=)")

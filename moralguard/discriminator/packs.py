@@ -26,8 +26,6 @@ from moralguard.errors import ModelError
 from moralguard.values import Value
 
 FORMAT = 1
-# At or under this number of values mode "auto" takes the cross reading. 0: the cached reading was measured better (see the card).
-FEW_VALUES = 0
 NETWORK, TOKENIZER, CHARACTERS, CHARACTER_SIZES, SETTINGS = (
     "network.safetensors",
     "tokenizer.json",
@@ -65,7 +63,7 @@ def load_parts(
             raise ModelError(f"{place / SETTINGS} is of format {settings['format']}, this moralguard reads {FORMAT}; fit it again")
         calibrations = {name: Calibration.model_validate(item) for name, item in settings["calibrations"].items()}
         network = load_network(place / NETWORK).to(device, kind)
-        words = WordPath(network, WordPieces(place / TOKENIZER), int(settings.get("few_values", FEW_VALUES)))
+        words = WordPath(network, WordPieces(place / TOKENIZER))
         characters = load_character_path(place / CHARACTERS, place / CHARACTER_SIZES).to(device).requires_grad_(False)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ModelError):
@@ -83,7 +81,7 @@ def load_onnx_path(folder: Path, words: WordPath) -> OnnxPath:
     network = OnnxNetwork(folder)
     if network.fingerprint != fingerprint(words.network):
         raise ModelError(f"{folder} was exported from other weights ({network.fingerprint}); export it again with export_onnx()")
-    return OnnxPath(network, words.pieces, words.few)
+    return OnnxPath(network, words.pieces)
 
 
 def fingerprint(network: Network) -> str:

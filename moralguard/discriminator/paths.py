@@ -27,7 +27,7 @@ _TOKENS_A_BATCH = 4096
 _PAIRS_A_BATCH = 8192  # texts times values whose features are held at once, some 50 MB
 _CACHED_VALUES = 4096
 
-ReadingMode = Literal["auto", "cached", "cross"]
+ReadingMode = Literal["cached", "cross"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +111,14 @@ def cut_by_pieces(pieces: WordPieces, texts: Sequence[str]) -> list[list[Window]
 class WordPath:
     """English, by the encoder.
 
-    Up to ``few`` values are read by the cross-encoder under mode "auto", more against cached vectors.
+    Mode "cached" reads texts against cached value vectors, "cross" each text together with each value.
     """
 
     name = "words"
 
-    def __init__(self, network: Network, pieces: WordPieces, few: int):
+    def __init__(self, network: Network, pieces: WordPieces):
         self.network = network
         self.pieces = pieces
-        self.few = few
         self._values = LeastRecent(_CACHED_VALUES)
 
     @property
@@ -130,7 +129,7 @@ class WordPath:
         return cut_by_pieces(self.pieces, texts)
 
     def logits(self, windows: Sequence[Window], statements: Sequence[str], context: str, mode: ReadingMode) -> tuple[Tensor, Tensor, str]:
-        cross = mode == "cross" or (mode == "auto" and len(statements) <= self.few)
+        cross = mode == "cross"
         relevance = torch.zeros(len(windows), len(statements), dtype=torch.float64)
         broken = torch.zeros_like(relevance)
         with torch.inference_mode():
@@ -140,7 +139,7 @@ class WordPath:
                 texts = self.network.encode(tokens.ids, tokens.mask, side=1, alone=not cross)
                 found = self._cross(texts, values) if cross else self._cached(texts, values)
                 relevance[rows], broken[rows] = (logits.double().cpu() for logits in found)
-        return relevance, broken, "cross" if cross else "cached"
+        return relevance, broken, mode
 
     def tokens(self, windows: Sequence[Window]) -> Tokens:
         """The windows' tokens, padded, on the network's device."""

@@ -84,7 +84,7 @@ def fit_discriminator(
             shutil.copy(source / name, out / name)
     say("calibrating on the development rows")
     # calibrated as it will be loaded: float16 weights
-    path = WordPath(load_network(out / packs.NETWORK).to(device), pieces, packs.FEW_VALUES)
+    path = WordPath(load_network(out / packs.NETWORK).to(device), pieces)
     dev = [row for row in found if row.split == "dev"]
     calibrations = {mode: calibrate(path, dev, wordings, mode) for mode in ("cached", "cross")} if dev else {}
     if not dev:
@@ -106,7 +106,7 @@ def _character_network(out: Path, data: Path, start: Path | None, base: Path | N
     # only the frozen half is asked, which is the same in both
     folder = base or start or encoder_folder()
     network = starting_network(folder, seed).eval() if base is None else load_network(base / packs.NETWORK)
-    words = WordPath(network, WordPieces(folder / packs.TOKENIZER), packs.FEW_VALUES)
+    words = WordPath(network, WordPieces(folder / packs.TOKENIZER))
     model = train_character_path(data, seed=seed, sentence_encoder=lambda statements: words.sentence_vectors(list(statements)).clone())
     save_character_path(model, weights, sizes)
     return True
@@ -116,7 +116,6 @@ def _write_settings(out: Path, settings: TrainingSettings, train: Sequence[Row],
     data = {
         "format": packs.FORMAT,
         "moralguard": __version__,
-        "few_values": packs.FEW_VALUES,
         "calibrations": {name: item.model_dump() for name, item in calibrations.items()},
         "training": settings.model_dump(),
         "rows": dict(sorted(Counter(row.source for row in train).items())),
