@@ -80,8 +80,3 @@ class Network(nn.Module):
         states = self.encoder.tuned_states(lower, mask[:, None, None, :])
         read = torch.cat([states[:, 0], states[:, values.mask.shape[1]]], -1)
         return self.cross_head(read, texts.sentence, values.sentence)
-
-
-def broken_probability(relevance: Tensor, broken: Tensor) -> Tensor:
-    """P(v broken by y) = sigmoid(relevance) * sigmoid(broken), any shape, float32 or float64."""
-    return torch.sigmoid(relevance) * torch.sigmoid(broken)

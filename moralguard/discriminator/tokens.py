@@ -44,7 +44,7 @@ class WordPieces:
         # a text that spells out "[SEP]" is text: it can't end itself and bring a statement of its own
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
-        self.first, self.last, self.unknown = (vocabulary[name] for name in ("[CLS]", "[SEP]", "[UNK]"))
+        self.first, self.last = (vocabulary[name] for name in ("[CLS]", "[SEP]"))
 
     def pieces(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and character offsets of each text, with no special tokens."""

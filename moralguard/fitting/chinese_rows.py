@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from .rows import Row
+from moralguard.fitting.row_files import read_json_lines
+from moralguard.fitting.rows import Row
 
 TOPIC_VALUES = {"race": "no_offense_race", "region": "no_offense_region", "gender": "no_sexism"}
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -50,20 +48,13 @@ HARM_VALUES = (
 )
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a gzipped JSON-lines file."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
-
-
 def cold_rows(folder: Path, split: str = "train", *, doubt: float = 0.0, topics: Sequence[str] = tuple(GROUPS)) -> Iterator[Row]:
     """COLD: offence in general, and because of the row's topic.
 
     COLD's training labels were made half by machine, and call nearly every text that NAMES discrimination an offence (93 % of those with
     歧视). ``doubt`` is the label that such a text gets instead of 0 (broken) where it contains no abuse of its own; training rows only.
     """
-    for line in read_lines(folder / f"cold_{split}.jsonl.gz"):
+    for line in read_json_lines(folder / f"cold_{split}.jsonl.gz"):
         text, topic, kept = line["text"], line["topic"], float(line["satisfies"])
         if topic not in topics:
             continue
@@ -95,7 +86,7 @@ def moral_rows(folder: Path, split: str = "train") -> Iterator[Row]:
     """
     labels: dict[str, set[float]] = {}
     scenarios: dict[str, str] = {}
-    for line in read_lines(folder / "cmoraleval.jsonl.gz"):
+    for line in read_json_lines(folder / "cmoraleval.jsonl.gz"):
         scenario = line["question"].split("\n", 1)[-1].strip()
         options = {choice[0]: choice[2:].strip() for choice in line["choices"]}
         for letter, kept in ((line["correct_answer"], 1.0), (line["wrong_answer"], 0.0)):
@@ -111,8 +102,8 @@ def moral_rows(folder: Path, split: str = "train") -> Iterator[Row]:
 
 def harmless_rows(folder: Path, split: str = "train") -> Iterator[Row]:
     """Everyday questions and scenarios, which keep every harm value."""
-    texts = {line["prompt"] for line in read_lines(folder / "cvalues_prompts.jsonl.gz")}
-    texts |= {line["question"].split("\n", 1)[-1].strip() for line in read_lines(folder / "cmoraleval.jsonl.gz")}
+    texts = {line["prompt"] for line in read_json_lines(folder / "cvalues_prompts.jsonl.gz")}
+    texts |= {line["question"].split("\n", 1)[-1].strip() for line in read_json_lines(folder / "cmoraleval.jsonl.gz")}
     for text in sorted(texts):
         part = "dev" if zlib.crc32(text.encode()) % 10 == 0 else "train"
         if part == split:

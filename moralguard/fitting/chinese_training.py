@@ -14,7 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..discriminator.character_path import (
+from moralguard.discriminator.character_path import (
     BAG_ORDERS,
     CharacterConfig,
     CharacterPath,
@@ -24,7 +24,7 @@ from ..discriminator.character_path import (
     normalise,
     pad,
 )
-from .chinese_rows import (
+from moralguard.fitting.chinese_rows import (
     anti_bias_rows,
     cold_rows,
     doubtful,
@@ -35,8 +35,8 @@ from .chinese_rows import (
     moral_rows,
     swap_groups,
 )
-from .chinese_wordings import WORDINGS
-from .rows import Row
+from moralguard.fitting.chinese_wordings import WORDINGS
+from moralguard.fitting.rows import Row
 
 SentenceEncoder = Callable[[Sequence[str]], Tensor]
 """English statements to their L2-normalised MiniLM vectors [N, 384]."""
@@ -96,7 +96,7 @@ def train_character_path(
     calibration_rows: Sequence[Row] | None = None,
     rows: Sequence[Row] | None = None,
 ) -> CharacterPath:
-    """Fit a `CharacterPath` on the data folder: about seven minutes on one CPU core with bfloat16 instructions.
+    """Fit a `CharacterPath` on the data folder: about five minutes on one CPU core with bfloat16 instructions.
 
     On cores that other programs use, one torch thread is many times faster than two (they wait for each other), and glibc's
     MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set to gigabytes save fresh pages for every step's buffers.
@@ -177,21 +177,6 @@ def align_english(model: CharacterPath, encoder: SentenceEncoder, penalty: float
     weight = (x.T @ torch.linalg.solve(kernel, y - offset)).T
     model.sentence.weight.copy_(weight.float())
     model.sentence.bias.copy_((offset - weight @ centre).float())
-
-
-@torch.inference_mode()
-def no_offense_probabilities(model: CharacterPath, texts: Sequence[str], statement: str | None = None, *, batch: int = 256) -> Tensor:
-    """P(kept) [len(texts)] of no_offense, in the statement's first Chinese wording unless another is given."""
-    ids = character_batch([statement or WORDINGS["no_offense"].zh[0]])
-    value = model.encode_values(ids.ids, ids.mask)
-    # Texts of like length go together: less padding.
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found = torch.empty(len(texts))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        part = character_batch([texts[index] for index in chosen], model.config.max_characters)
-        found[chosen] = model.probability_kept(model.encode_text(part.ids, part.mask), value)[:, 0]
-    return found
 
 
 def calibrate(model: CharacterPath, rows: Sequence[Row]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .rows import Row
+from moralguard.fitting.rows import Row
 
 MATERIAL = Path(__file__).with_name("contrast.yaml")
 DEV_SHARE = 0.1

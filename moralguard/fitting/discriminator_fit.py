@@ -19,6 +19,7 @@ from moralguard.errors import DataError
 from moralguard.fitting.discriminator_calibration import calibrate
 from moralguard.fitting.discriminator_rows import SHARES, discriminator_rows
 from moralguard.fitting.discriminator_training import Progress, TrainingSettings, train_network
+from moralguard.fitting.english_rows import LICENCES
 from moralguard.fitting.row_files import read_user_rows
 from moralguard.fitting.rows import Row
 from moralguard.fitting.sampling import Sampler, known_wordings
@@ -119,5 +120,6 @@ def _write_settings(out: Path, settings: TrainingSettings, train: Sequence[Row],
         "calibrations": {name: item.model_dump() for name, item in calibrations.items()},
         "training": settings.model_dump(),
         "rows": dict(sorted(Counter(row.source for row in train).items())),
+        "licences": {source: LICENCES[source] for source in sorted({row.source for row in train} & LICENCES.keys())},
     }
     (out / packs.SETTINGS).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
