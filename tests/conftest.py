@@ -1,7 +1,15 @@
-"""Torch's threads cost tiny models more than they bring, many times over on a busy machine."""
+"""Torch's threads cost tiny models more than they bring, many times over on a busy machine.
+
+Where there is no GPU, Triton interprets kernels; it wants to know before it is imported.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

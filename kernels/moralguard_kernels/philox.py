@@ -11,15 +11,23 @@ import torch
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
+_LOG_POLYNOMIAL = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
 
 
 def _mul_hi_lo(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32-bit words of a * constant; int64 arithmetic split so that no product exceeds 2**63."""
-    low = a & 0xFFFF
-    high = a >> 16
-    low_product = low * constant  # < 2**48
-    high_product = high * constant + (low_product >> 16)  # < 2**49
-    return (high_product >> 16) & _MASK32, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
+    """High and low 32-bit words of a * constant: int64 products wrap around, which leaves all 64 bits as they should be."""
+    product = a * constant
+    return (product >> 32).bitwise_and_(_MASK32), product.bitwise_and_(_MASK32)
 
 
 def philox4x32(seed: torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
@@ -43,6 +51,40 @@ def philox4x32(seed: torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: in
     return c0, c1, c2, c3
 
 
+def _near_one(f: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """log((1 + f) * 2^exponent) for f in [sqrt(1/2) - 1, sqrt(2) - 1): the polynomial of Cephes' logf, in IEEE steps."""
+    y = f * _LOG_POLYNOMIAL[0]
+    for coefficient in _LOG_POLYNOMIAL[1:-1]:
+        y.add_(coefficient).mul_(f)
+    y.add_(_LOG_POLYNOMIAL[-1])
+    square = f * f
+    y.mul_(f).mul_(square)
+    y.add_(exponent * -2.12194440e-4)
+    y.add_(square.mul_(-0.5))
+    return y.add_(f).add_(exponent * 0.693359375)
+
+
+def _mantissa_and_exponent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(m - 1, e) with x = m * 2^e and m in [sqrt(1/2), sqrt(2)), for positive normal f32 x."""
+    bits = x.view(torch.int32) + (0x3F800000 - 0x3F3504F3)
+    mantissa = ((bits & 0x007FFFFF) + 0x3F3504F3).view(torch.float32)
+    return mantissa - 1.0, ((bits >> 23) - 127).to(torch.float32)
+
+
+def gumbel_of_words(words: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel variates f32 of uniform 32-bit words (i64): -log(-log1p(-u)), u = (word + 1/2) / 2^32.
+
+    Float32 throughout, in operations that IEEE 754 rounds one way only, so that the fused kernels give the same bits; within
+    3e-7 (1 + |G|) of exact arithmetic. The winning tail (u near 0) keeps full resolution.
+    """
+    uniform = (words.to(torch.float32) + 0.5) * 2.0**-32
+    rest = ((words ^ _MASK32).to(torch.float32) + 0.5) * 2.0**-32
+    f, exponent = _mantissa_and_exponent(rest)
+    f = torch.where(exponent == 0, -uniform, f)  # what the rest, near 1, has lost
+    f, exponent = _mantissa_and_exponent(-_near_one(f, exponent))
+    return -_near_one(f, exponent)
+
+
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise for (seed, position, token), independent of which other tokens are asked for.
 
@@ -53,7 +95,6 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Te
 
     Returns:
         f32[R, C]. Four neighbouring tokens share one Philox call (counter = (token // 4, position, 0, 0), word = token % 4).
-        G = -log(-log1p(-u)) with u in (0, 1): the winning tail (u near 0) keeps full resolution.
     """
     zero = torch.zeros((), dtype=torch.int64, device=token_ids.device)
     words = philox4x32(seed[:, None], (token_ids >> 2, position[:, None], zero, zero))
@@ -61,5 +102,12 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Te
     word = words[0]
     for i in (1, 2, 3):
         word = torch.where(lane == i, words[i], word)
-    uniform = (word.to(torch.float64) + 0.5) * 2.0**-32
-    return (-torch.log(-torch.log1p(-uniform))).to(torch.float32)
+    return gumbel_of_words(word)
+
+
+def vocabulary_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """``gumbel_noise`` of every token 0..vocabulary - 1, f32[R, vocabulary], with a Philox call for every four."""
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    quads = torch.arange((vocabulary + 3) // 4, device=seed.device)[None]
+    words = torch.stack(philox4x32(seed[:, None], (quads, position[:, None], zero, zero)), -1)
+    return gumbel_of_words(words.flatten(1)[:, :vocabulary].contiguous())

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .philox import gumbel_noise
+from .philox import gumbel_noise, vocabulary_noise
 
 # A nucleus is looked for among so many largest logits, then among more; what is left is sorted in full (the result is the same).
 _NUCLEUS_LOOKS = (512, 4096)
@@ -47,7 +47,8 @@ def mix_delta(
     z = _working(logits)
     delta = torch.zeros_like(z) if base_weight is None else z * base_weight.to(z)[:, None]
     for source, weight in zip(sources, weights, strict=True):
-        delta = torch.addcmul(delta, source.to(z), weight.to(z)[:, None])
+        # two roundings, as the kernels do: a fused multiply-add would differ in the last bit from machine to machine
+        delta = delta + source.to(z) * weight.to(z)[:, None]
     return finite_or_zero(delta)
 
 
@@ -211,15 +212,13 @@ def gumbel_argmax(logits: torch.Tensor, seed: torch.Tensor, position: torch.Tens
     if survivors == 0:
         return torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
     if survivors > logits.shape[-1] // 2:
-        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-        scores = logits
+        drawn = (logits + vocabulary_noise(seed, position, logits.shape[-1]).to(logits)).argmax(-1)
     else:
         scores, ids = torch.topk(logits, survivors, dim=-1)
         # ascending ids, so that the lowest id wins a tie
         ids, order = ids.sort(-1)
-        scores = scores.gather(-1, order)
-    noisy = scores + gumbel_noise(seed, position, ids).to(scores)
-    drawn = ids.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+        noisy = scores.gather(-1, order) + gumbel_noise(seed, position, ids).to(scores)
+        drawn = ids.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
     return drawn.masked_fill(torch.isneginf(logits).all(-1), 0)
 
 

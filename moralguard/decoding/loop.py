@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-import moralguard_kernels as ops
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import Gate
 from moralguard.decoding.grad import plain_no_grad
 from moralguard.decoding.records import Completion
+from moralguard.decoding.rectification import rectify
 from moralguard.decoding.session import Failure, Outcome, Session
 from moralguard.decoding.settings import DecodingSettings
 from moralguard.trace.attribution import trace_step
@@ -100,15 +100,14 @@ def _step(
     outcome = session.step(temperature=1.0 if settings.greedy else settings.temperature)
     ended = _handle_failures(context, outcome.failures, requests)
     positions = torch.tensor([len(r.prompt_ids) + len(r.token_ids) for r in requests], device=keys.device)
-    tokens = draw(outcome.logits, settings, keys, positions)
-    emptied = torch.isneginf(outcome.logits).all(-1)
-    if bool(emptied.any()):
-        ended |= _handle_emptied(context, outcome, requests, emptied, tokens, keys, positions)
+    drawn_now = outcome.law.draw(settings, keys, positions, counterfactual=context.trace)
+    tokens = drawn_now.tokens
+    if bool(drawn_now.emptied.any()):
+        ended |= _handle_emptied(context, outcome, requests, drawn_now.emptied, tokens, keys, positions)
     records = []
     if context.trace:
-        counterfactual = draw(outcome.base, settings, keys, positions)
         names = [control.name for control in session.controls]
-        records = trace_step(outcome, tokens, counterfactual, positions, names, context.values, context.lm.spell)
+        records = trace_step(outcome, tokens, drawn_now.counterfactual, positions, names, context.values, context.lm.spell)
     late = session.commit(tokens)
     drawn = []
     for slot, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
@@ -127,14 +126,6 @@ def _step(
     ended |= _handle_failures(context, [failure for failure in late if failure.row not in ended], requests)
     context.counters.add(tokens_emitted=len(drawn), rows_guarded=session.rows, rows_touched=int(outcome.touched.sum()))
     return ended, drawn
-
-
-def draw(logits: torch.Tensor, settings: DecodingSettings, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Tokens i64[R]: the most probable one (lowest id on ties), or an exact draw from the warped law."""
-    if settings.greedy:
-        return ops.sanitize_logits(logits).argmax(-1)
-    warped = ops.warp(ops.sanitize_logits(logits), settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-    return ops.gumbel_argmax(warped, keys, positions)
 
 
 def _handle_failures(context: LoopContext, failures: Sequence[Failure], requests: Sequence[Completion]) -> set[int]:
@@ -162,7 +153,8 @@ def _handle_emptied(
     """Rows in which the controls removed every token: an error, or the base's own token where the policy fails open."""
     rows = emptied.nonzero().squeeze(-1)
     if context.open_on_error:
-        tokens[rows] = draw(outcome.base[rows], context.settings, keys[rows], positions[rows])
+        unguarded = rectify(outcome.base[rows], ())
+        tokens[rows] = unguarded.draw(context.settings, keys[rows], positions[rows]).tokens
         context.counters.add(failed_open=len(rows))
         return set()
     for row in rows.tolist():

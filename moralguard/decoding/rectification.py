@@ -1,86 +1,272 @@
-"""Assembles the controls' terms into the one rectification of a step and runs it."""
+"""Assembles the controls' terms into the one rectification of a step, and runs it: fused kernels on CUDA, the reference elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 
 import moralguard_kernels as ops
-from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Terms
+from moralguard.decoding.settings import DecodingSettings
+from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Term, Terms
+
+# What one launch of the kernels takes; anything beyond is added up into one more source before.
+_LARGEST_RANK = 32
+_MOST_SOURCES = 4
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of a step.
+
+    Attributes:
+        tokens: i64[R].
+        emptied: bool[R], rows whose every token was removed (their token is 0).
+        counterfactual: i64[R], what the base alone would have drawn with the same noise; empty unless asked for.
+    """
+
+    tokens: torch.Tensor
+    emptied: torch.Tensor
+    counterfactual: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Rectified:
-    """The guarded logits of a step.
+    """The guarded law of a step.
 
     Attributes:
-        logits: f32[R, V]; rows that no control touched are the base's own, bit for bit.
-        touched: bool[R].
+        base: f[R, V], the base's logits.
+        touched: bool[R], rows in which a control acts.
+        arguments: the terms, as the ops take them; empty where nothing acts.
+        computed: f32[R, V], the guarded logits where they are known without the terms (rows that were rectified one by one).
     """
 
-    logits: torch.Tensor
+    base: torch.Tensor
     touched: torch.Tensor
+    arguments: dict[str, Any] = field(default_factory=dict)
+    computed: torch.Tensor | None = None
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """f32[R, V]; rows that no control touched are the base's own, bit for bit."""
+        if self.computed is not None:
+            return self.computed
+        if not self.arguments:
+            return self.base
+        logits = ops.rectify_logits(self.base, **self.arguments)
+        return logits if bool(self.touched.all()) else torch.where(self.touched[:, None], logits, self.base)
+
+    def draw(self, settings: DecodingSettings, keys: torch.Tensor, positions: torch.Tensor, counterfactual: bool = False) -> Drawn:
+        """One token a row: the most probable (lowest id on ties), or an exact draw from the warped law.
+
+        On a GPU everything between the base's logits and the token is one chain of kernels; the rectified logits are never stored.
+        """
+        warp = _warp(settings, self.base)
+        if self.base.is_cuda and self.computed is None:
+            tokens, _, _, flags, other = ops.sample_logits(
+                self.base, keys, positions, **warp, **self.arguments, counterfactual=counterfactual, summary=False
+            )
+        else:
+            tokens, _, _, flags, other = ops.sample_logits(self.logits, keys, positions, **warp, summary=False)
+            if counterfactual:
+                other = ops.sample_logits(self.base, keys, positions, **warp, summary=False)[0]
+        return Drawn(tokens, (flags & ops.EMPTY) != 0, other)
+
+
+def _warp(settings: DecodingSettings, base: torch.Tensor) -> dict[str, Any]:
+    """The decoding settings as the ops take them: one value a row, neutral ones left out."""
+
+    def each(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((base.shape[0],), value, dtype=dtype, device=base.device)
+
+    if settings.greedy:
+        return {"temperature": each(0.0, torch.float32)}
+    warp: dict[str, Any] = {}
+    if settings.temperature != 1.0:
+        warp["temperature"] = each(settings.temperature, torch.float32)
+    if settings.top_k:
+        warp["top_k"] = each(settings.top_k, torch.int32)
+    if settings.top_p < 1.0:
+        warp["top_p"] = each(settings.top_p, torch.float32)
+    if settings.min_p > 0.0:
+        warp["min_p"] = each(settings.min_p, torch.float32)
+    return warp
 
 
 def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:
     """z' = z + sum of deltas on the intersection of the keep-sets, f32[R, V].
 
     A control that acts on some rows only contributes nothing, and removes nothing, on the others.
+
+    Raises:
+        ValueError: a term's tensors don't fit the base's logits.
     """
+    packer = _Packer(base)
     touched = torch.zeros(base.shape[0], dtype=torch.bool, device=base.device)
-    deltas: list[torch.Tensor] = []
-    thresholds: list[torch.Tensor] = []
-    candidates: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
-    z = ops.sanitize_logits(base)
     for item in terms:
         if not item.terms or (item.rows is not None and not bool(item.rows.any())):
             continue
-        everywhere = item.rows is None or bool(item.rows.all())
-        outside = None if everywhere or item.rows is None else ~item.rows[:, None]
         touched |= True if item.rows is None else item.rows
         for term in item.terms:
-            if isinstance(term, Keep):
-                found = _thresholds(z, term)
-                thresholds += found if outside is None else [t.masked_fill(outside, float("-inf")) for t in found]
-            elif isinstance(term, Sparse) and outside is None:
-                candidates.append((term.ids, term.bias, term.keep_rest))
-            else:
-                parts = _sparse_as_deltas(z, term) if isinstance(term, Sparse) else [_delta(z, term)]
-                deltas += parts if outside is None else [part.masked_fill(outside, 0.0) for part in parts]
-    if not bool(touched.any()):
+            packer.add(term, item.rows)
+    if not packer.used:
         return Rectified(base, touched)
-    logits = ops.rectify(z, deltas, thresholds, candidates)
-    if not bool(touched.all()):
-        logits = torch.where(touched[:, None], logits, base)
-    return Rectified(logits, touched)
+    return Rectified(base, touched, packer.arguments())
 
 
-def _delta(z: torch.Tensor, term: Mix | LowRank | Attenuation | Dense) -> torch.Tensor:
+class _Packer:
+    """Collects terms of several controls as the arguments of one op.
+
+    Beyond one term of a kind (two subspaces, two sets of prefixes, …) the op takes no more, so the rest is computed here and added
+    as one more source.
+    """
+
+    def __init__(self, base: torch.Tensor):
+        self.base = base
+        self.used = False
+        self._mixes: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]] = []
+        self._extra: list[torch.Tensor] = []
+        self._low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._attenuation: tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor] | None = None
+        self._sparse: list[tuple[Sparse, torch.Tensor | None]] = []
+        self._filters: dict[str, torch.Tensor] = {}
+
+    def add(self, term: Term, rows: torch.Tensor | None) -> None:
+        """A control's term; rows bool[R] where it acts, None for all."""
+        self.used = True
+        _check(term, self.base)
+        if isinstance(term, Keep):
+            self._keep(term, rows)
+        elif isinstance(term, Mix):
+            self._mix(term.sources, [self._zeros() if term.base_weight is None else term.base_weight, *term.weights], rows)
+        elif isinstance(term, Dense):
+            self._mix((term.delta,), [self._zeros(), self._zeros() + 1.0], rows)
+        elif isinstance(term, LowRank):
+            coefficients = term.coefficients if rows is None else term.coefficients.masked_fill(~rows[:, None], 0.0)
+            if self._low_rank is None and term.projection.shape[1] <= _LARGEST_RANK:
+                self._low_rank = (term.projection, coefficients)
+            else:
+                self._extra.append(ops.finite_or_zero(ops.low_rank_delta(term.projection, coefficients)))
+        elif isinstance(term, Attenuation):
+            decay_constant, epsilon = term.decay_constant, term.epsilon
+            if rows is not None:
+                decay_constant, epsilon = decay_constant.masked_fill(~rows, 0.0), epsilon.masked_fill(~rows, 1.0)
+            if self._attenuation is None:
+                self._attenuation = (term.sources, decay_constant, epsilon)
+            else:
+                self._extra.append(ops.attenuation_delta(ops.sanitize_logits(self.base), term.sources, decay_constant, epsilon))
+        else:
+            self._sparse.append((term, rows))
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self.base.shape[0], device=self.base.device)
+
+    def _mix(self, sources: tuple[torch.Tensor, ...], weights: list[torch.Tensor], rows: torch.Tensor | None) -> None:
+        if rows is not None:
+            weights = [weight.masked_fill(~rows, 0.0) for weight in weights]
+        if sum(len(mix[0]) for mix in self._mixes) + len(sources) <= _MOST_SOURCES:
+            self._mixes.append((sources, weights))
+        else:
+            self._extra.append(ops.mix_delta(ops.sanitize_logits(self.base), sources, weights[1:], weights[0]))
+
+    def _keep(self, keep: Keep, rows: torch.Tensor | None) -> None:
+        """Filters intersect, so of several the tightest counts."""
+
+        def each(value: float, neutral: float, dtype: torch.dtype) -> torch.Tensor:
+            found = torch.full((self.base.shape[0],), value, dtype=dtype, device=self.base.device)
+            return found if rows is None else found.masked_fill(~rows, neutral)
+
+        if keep.top_k is not None and keep.top_k < self.base.shape[1]:
+            top_k = each(keep.top_k, 0, torch.int32)
+            known = self._filters.get("base_top_k", top_k)
+            both = torch.minimum(known, top_k)
+            self._filters["base_top_k"] = torch.where(both == 0, torch.maximum(known, top_k), both)
+        if keep.top_p is not None and keep.top_p < 1:
+            top_p = each(keep.top_p, 1.0, torch.float32)
+            self._filters["base_top_p"] = torch.minimum(self._filters.get("base_top_p", top_p), top_p)
+        if keep.min_p is not None and keep.min_p > 0:
+            min_p = each(keep.min_p, 0.0, torch.float32)
+            self._filters["base_min_p"] = torch.maximum(self._filters.get("base_min_p", min_p), min_p)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``ops.rectify_logits`` and ``ops.sample_logits``."""
+        found: dict[str, Any] = dict(self._filters)
+        found |= self._candidates()
+        mixes = list(self._mixes)
+        if self._extra:
+            mixes.append(((torch.stack(self._extra).sum(0),), [self._zeros(), self._zeros() + 1.0]))
+        if mixes:
+            found["sources"] = [source for sources, _ in mixes for source in sources]
+            found["groups"] = [len(sources) for sources, _ in mixes]
+            found["weights"] = torch.stack([weight.float() for _, weights in mixes for weight in weights], -1)
+        if self._low_rank is not None:
+            found["projection"], found["coefficients"] = self._low_rank
+        if self._attenuation is not None:
+            found["biased"], found["decay_constant"], found["epsilon"] = list(self._attenuation[0]), *self._attenuation[1:]
+        return found
+
+    def _candidates(self) -> dict[str, Any]:
+        """The candidates of one sparse term; of several, those that remove tokens intersect and the others become dense."""
+        removing = [(term, rows) for term, rows in self._sparse if not term.keep_rest]
+        biasing = [(term, rows) for term, rows in self._sparse if term.keep_rest]
+        if len(self._sparse) > 1:
+            self._extra += [self._dense_bias(term, rows) for term, rows in biasing]
+        if len(removing) > 1:
+            return self._intersection(removing)
+        if not removing and len(biasing) != 1:
+            return {}
+        term, rows = removing[0] if removing else biasing[0]
+        count = None if rows is None else torch.where(rows, term.ids.shape[1], -1).to(torch.int32)
+        return {"candidate_ids": term.ids, "candidate_bias": term.bias, "candidate_count": count, "keep_rest": term.keep_rest}
+
+    def _dense_bias(self, term: Sparse, rows: torch.Tensor | None) -> torch.Tensor:
+        bias = ops.finite_or_zero(term.bias.float())
+        if rows is not None:
+            bias = bias.masked_fill(~rows[:, None], 0.0)
+        return torch.zeros(self.base.shape, device=self.base.device).scatter(-1, term.ids, bias)
+
+    def _intersection(self, removing: list[tuple[Sparse, torch.Tensor | None]]) -> dict[str, Any]:
+        allowed = torch.ones(self.base.shape, dtype=torch.bool, device=self.base.device)
+        limited = torch.zeros(self.base.shape[0], dtype=torch.bool, device=self.base.device)
+        for term, rows in removing:
+            members = torch.zeros_like(allowed).scatter(-1, term.ids, True)
+            acts = torch.ones_like(limited) if rows is None else rows
+            allowed &= members | ~acts[:, None]
+            limited |= acts
+        bias = torch.stack([self._dense_bias(term, rows) for term, rows in removing]).sum(0)
+        self._extra.append(bias)  # for rows that aren't limited it is 0
+        count = torch.where(limited, allowed.sum(-1), -1)
+        ids = torch.topk(allowed.int(), max(1, int(count.max())), dim=-1).indices
+        return {
+            "candidate_ids": ids,
+            "candidate_bias": torch.zeros(ids.shape, device=ids.device),
+            "candidate_count": count.to(torch.int32),
+            "keep_rest": False,
+        }
+
+
+def _check(term: Term, base: torch.Tensor) -> None:
+    """A term whose tensors don't fit the base is an error here, where its control can be told, not a kernel's stray read."""
+    rows, vocabulary = base.shape
+    wanted: list[tuple[str, torch.Tensor, tuple[int, ...]]] = []
     if isinstance(term, Mix):
-        return ops.mix_delta(z, term.sources, term.weights, term.base_weight)
-    if isinstance(term, LowRank):
-        return ops.finite_or_zero(ops.low_rank_delta(term.projection, term.coefficients))
-    if isinstance(term, Attenuation):
-        return ops.attenuation_delta(z, term.sources, term.decay_constant, term.epsilon)
-    return ops.finite_or_zero(term.delta.to(z))
-
-
-def _thresholds(z: torch.Tensor, keep: Keep) -> list[torch.Tensor]:
-    found = []
-    if keep.top_k is not None:
-        found.append(ops.top_k_threshold(z, keep.top_k))
-    if keep.top_p is not None and keep.top_p < 1:
-        found.append(ops.top_p_threshold(z, keep.top_p))
-    if keep.min_p is not None and keep.min_p > 0:
-        found.append(ops.min_p_threshold(z, keep.min_p))
-    return found
-
-
-def _sparse_as_deltas(z: torch.Tensor, term: Sparse) -> list[torch.Tensor]:
-    """Dense form of a sparse term, for batches in which only some rows take part: the bias, and 0 / -inf for the rest."""
-    bias = torch.zeros_like(z).scatter(-1, term.ids, ops.finite_or_zero(term.bias.to(z)))
-    if term.keep_rest:
-        return [bias]
-    return [bias, torch.full_like(z, float("-inf")).scatter(-1, term.ids, 0.0)]
+        if len(term.sources) != len(term.weights):
+            raise ValueError(f"a mix of {len(term.sources)} sources has {len(term.weights)} weights; expected one a source")
+        wanted += [("mix source", source, (rows, vocabulary)) for source in term.sources]
+        wanted += [("mix weight", weight, (rows,)) for weight in term.weights]
+    elif isinstance(term, Attenuation):
+        wanted += [("attenuation source", source, (rows, vocabulary)) for source in term.sources]
+        wanted += [("decay_constant", term.decay_constant, (rows,)), ("epsilon", term.epsilon, (rows,))]
+    elif isinstance(term, LowRank):
+        rank = term.projection.shape[-1]
+        wanted += [("projection", term.projection, (vocabulary, rank)), ("coefficients", term.coefficients, (rows, rank))]
+    elif isinstance(term, Sparse):
+        wanted += [("candidate bias", term.bias, tuple(term.ids.shape)), ("candidate ids", term.ids[:, :0], (rows, 0))]
+    elif isinstance(term, Dense):
+        wanted += [("dense delta", term.delta, (rows, vocabulary))]
+    for name, tensor, shape in wanted:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")

@@ -39,17 +39,25 @@ class Outcome:
 
     Attributes:
         base: f32[R, V] logits of the unguarded model.
-        logits: f32[R, V] guarded logits; untouched rows are the base's own.
-        touched: bool[R].
+        law: the guarded law: logits, and draws from it.
         terms: what each control added, in the controls' order, for the trace; None where the step was run row by row.
         failures: controls that raised; their rows hold the law of the remaining controls.
     """
 
     base: torch.Tensor
-    logits: torch.Tensor
-    touched: torch.Tensor
+    law: Rectified
     terms: tuple[Terms, ...] | None
     failures: tuple[Failure, ...] = ()
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """f32[R, V] guarded logits; untouched rows are the base's own."""
+        return self.law.logits
+
+    @property
+    def touched(self) -> torch.Tensor:
+        """bool[R], rows in which a control acts."""
+        return self.law.touched
 
 
 @dataclass
@@ -141,13 +149,15 @@ class Session:
         )
         self._pending = _Pending(step)
         if not self.controls:
-            return Outcome(base, base, torch.zeros(self.rows, dtype=torch.bool, device=base.device), ())
+            return Outcome(base, rectify(base, ()), ())
         open_rows = None if self.gate is None else self.gate.open_rows(step)
         try:
             if self.disabled.any():
                 raise _DisabledError
             terms = [self._gated(self._terms_of(i, step), open_rows) for i in range(len(self.controls))]
             rectified = rectify(base, terms)
+            if not base.is_cuda:
+                rectified.logits  # noqa: B018 -- computed now, so that a control's mistake shows where its row can be told
         except Exception as error:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
             rectified, carries, failures = self._row_by_row(step, open_rows)
             if not failures and not isinstance(error, _DisabledError):
@@ -158,9 +168,9 @@ class Session:
                     stacklevel=2,
                 )
             self._pending = replace(self._pending, terms=carries)
-            return Outcome(base, rectified.logits, rectified.touched, None, tuple(failures))
+            return Outcome(base, rectified, None, tuple(failures))
         self._pending = replace(self._pending, terms=terms)
-        return Outcome(base, rectified.logits, rectified.touched, tuple(terms))
+        return Outcome(base, rectified, tuple(terms))
 
     def _terms_of(self, index: int, step: Step) -> Terms:
         control = self.controls[index]
@@ -192,7 +202,7 @@ class Session:
                         mine = _row_of(self.columns[index] or {}, row)
                         added = control.terms(replace(single, columns=mine))
                         gated = self._gated(added, None if open_rows is None else open_rows[row : row + 1])
-                        rectify(single.logits, [gated])
+                        rectify(single.logits, [gated]).logits  # noqa: B018 -- does it fit?
                         terms.append(gated)
                         carry = added.carry
                     except Exception as error:
@@ -200,7 +210,8 @@ class Session:
                         self.disabled[index, row] = True
                 carries[index].append(carry)
             rectified.append(rectify(single.logits, terms))
-        joined = Rectified(torch.cat([r.logits for r in rectified]), torch.cat([r.touched for r in rectified]))
+        touched = torch.cat([r.touched for r in rectified])
+        joined = Rectified(step.logits, touched, computed=torch.cat([r.logits for r in rectified]))
         return joined, [Terms(carry=_join(carry)) for carry in carries], failures
 
     def _each_row(self, index: int, failures: list[Failure], compute: Callable[[int], Columns]) -> Columns:

@@ -1,0 +1,154 @@
+"""The kernels under Triton's interpreter against the reference, their scratch memory poisoned."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from problems import KINDS, Problem, problem
+
+from moralguard_kernels import SPLIT, philox, reference_ops
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("there is a GPU: set TRITON_INTERPRET=1 to run the kernels in the interpreter", allow_module_level=True)
+
+from moralguard_kernels.fused import launch
+from moralguard_kernels.fused.launch import Shape
+
+# the second ends hardly any row in the second launch, so that the third is used
+SHAPES = {"wide": Shape(1000, 512, 4, 1024), "overflowing": Shape(1000, 512, 4, 16)}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty comes filled with NaN or the largest integer, so that what a kernel doesn't write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the interpreter's numpy on -inf - -inf, torch on operations without a deterministic form
+        assert torch.empty(3).isnan().all()
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def same_draw(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
+    token, log_probability, kl, flags, other = found
+    assert torch.equal(token, wanted[0])
+    assert torch.equal(flags & ~SPLIT, wanted[3])
+    assert torch.equal(other, wanted[4])
+    assert torch.allclose(log_probability, wanted[1], atol=1e-5, rtol=1e-5)
+    assert torch.allclose(kl, wanted[2], atol=1e-5, rtol=1e-4)
+
+
+def draw_both(p: Problem, shape: Shape, counterfactual: bool = True) -> tuple[torch.Tensor, ...]:
+    arguments = {**p.warp, **p.terms, "counterfactual": counterfactual}
+    found = launch.sample_logits(p.logits, p.seed, p.position, **arguments, shape=shape)
+    same_draw(found, reference_ops.sample_logits(p.logits, p.seed, p.position, **arguments))
+    return found
+
+
+def test_noise_has_the_references_bits() -> None:
+    seed = torch.tensor([5, -(2**40) - 3, 2**63 - 1])
+    position = torch.tensor([3, 99, 2**31])
+    ids = torch.randint(0, 262_144, (3, 700), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(launch.gumbel_noise(seed, position, ids), philox.gumbel_noise(seed, position, ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixes_have_the_references_bits(kind: str) -> None:
+    p = problem(kind, ("two mixes",), seed=1)
+    found = launch.rectify_logits(p.logits, **p.terms, shape=SHAPES["wide"])
+    assert torch.equal(found, reference_ops.rectify_logits(p.logits, **p.terms))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_widened(dtype: torch.dtype) -> None:
+    p = problem("holes", ("two mixes",), dtype=dtype, seed=2)
+    found = launch.rectify_logits(p.logits, **p.terms, shape=SHAPES["wide"])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, reference_ops.rectify_logits(p.logits, **p.terms))
+
+
+@pytest.mark.parametrize(
+    ("terms", "filters"),
+    [
+        ((), True),
+        (("low rank", "attenuation"), False),
+        (("mix", "candidates"), True),
+        (("mix", "biased candidates"), True),
+        (("two mixes", "low rank", "attenuation", "candidates"), True),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_rectification(terms: tuple[str, ...], filters: bool, seed: int, shape: str) -> None:
+    p = problem("holes", terms, filters=filters, seed=seed, slots=bool(seed))
+    found = launch.rectify_logits(p.logits, **p.terms, shape=SHAPES[shape])
+    wanted = reference_ops.rectify_logits(p.logits, **p.terms)
+    assert torch.equal(torch.isneginf(found), torch.isneginf(wanted))
+    there = ~torch.isneginf(wanted)
+    assert torch.allclose(found[there], wanted[there], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("warp", ["free", "greedy", "k", "p", "min-p", "all", "mixed"])
+def test_draw_from_the_base(kind: str, warp: str) -> None:
+    draw_both(problem(kind, warp=warp, seed=len(warp)), SHAPES["wide"])
+
+
+@pytest.mark.parametrize(
+    "terms", [("mix",), ("two mixes", "low rank"), ("attenuation",), ("mix", "candidates"), ("mix", "biased candidates")]
+)
+@pytest.mark.parametrize("filters", [False, True])
+def test_draw_from_the_rectified_law(terms: tuple[str, ...], filters: bool) -> None:
+    draw_both(problem("normal", terms, filters=filters, warp="mixed", seed=7, slots=True), SHAPES["wide"])
+
+
+@pytest.mark.parametrize("terms", [(), ("mix",), ("mix", "candidates")])
+@pytest.mark.parametrize("kind", ["flat", "uniform", "ties", "holes"])
+def test_flat_rows_are_drawn_by_the_third_launch(kind: str, terms: tuple[str, ...]) -> None:
+    p = problem(kind, terms, filters=bool(terms), warp="mixed", seed=4)
+    *_, flags, _ = draw_both(p, SHAPES["overflowing"])
+    if kind != "holes" and "candidates" not in terms:
+        assert bool((flags & SPLIT).any()), "no row overflowed, so nothing was tested"
+
+
+def test_every_stage_of_the_third_launch() -> None:
+    """k, then p of the mass that k left, then min-p, over a base nucleus; every row overflows."""
+    p = problem("flat", ("mix",), filters=True, warp="all", seed=9)
+    p.terms["base_top_p"] = torch.full((3,), 0.98)
+    p.terms["base_top_k"] = torch.full((3,), 900, dtype=torch.int32)
+    *_, flags, _ = draw_both(p, SHAPES["overflowing"], counterfactual=False)
+    assert bool((flags & SPLIT).all())
+
+
+def test_a_row_alone_has_the_bits_it_has_in_a_batch() -> None:
+    p = problem("normal", ("mix",), filters=True, warp="mixed", seed=3, rows=4)
+    together = launch.sample_logits(p.logits, p.seed, p.position, **p.warp, **p.terms, shape=SHAPES["wide"])
+    for row in range(4):
+        own = {name: value[row : row + 1] for name, value in p.warp.items()}
+        terms = dict(p.terms, sources=[source[row : row + 1] for source in p.terms["sources"]])
+        terms |= {name: p.terms[name][row : row + 1] for name in ("weights", "base_top_k", "base_top_p", "base_min_p")}
+        alone = launch.sample_logits(
+            p.logits[row : row + 1], p.seed[row : row + 1], p.position[row : row + 1], **own, **terms, shape=SHAPES["wide"]
+        )
+        assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone[:4], together[:4], strict=True))
+
+
+def test_ids_outside_the_vocabulary_are_no_candidates() -> None:
+    p = problem("normal", ("candidates",), seed=0)
+    p.terms["candidate_ids"][:, 0] = 10**6
+    p.terms["candidate_ids"][:, 1] = -5
+    found = launch.rectify_logits(p.logits, **p.terms, shape=SHAPES["wide"])
+    assert (~torch.isneginf(found)).sum(-1).tolist() == [38, 38, 38]
+
+
+def test_the_configuration_knows_nothing_of_the_batch() -> None:
+    for vocabulary in (100, 32_000, 49_152, 128_256, 151_936, 262_144):
+        shape = launch.shape_of(vocabulary)
+        assert shape.tile % launch.GROUP == 0
+        assert shape.tiles * shape.tile >= vocabulary
+        assert shape.capacity >= 1024  # what FUDGE's candidates need
