@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,16 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "moralguard")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "moralguard")},
         "commit": commit.stdout.strip() + ("+uncommitted" if dirty.stdout.strip() else ""),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # Triton has no wheels for some platforms
+        return None
 
 
 def _cpu_name() -> str:

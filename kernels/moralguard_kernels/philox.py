@@ -24,12 +24,6 @@ _LOG_POLYNOMIAL = (
 )
 
 
-def _mul_hi_lo(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32-bit words of a * constant: int64 products wrap around, which leaves all 64 bits as they should be."""
-    product = a * constant
-    return (product >> 32).bitwise_and_(_MASK32), product.bitwise_and_(_MASK32)
-
-
 def philox4x32(seed: torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
     """Four 32-bit words of noise for each counter.
 
@@ -41,14 +35,20 @@ def philox4x32(seed: torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: in
     Returns:
         Four i64 tensors with values in [0, 2**32).
     """
-    key_a, key_b = seed & _MASK32, (seed >> 32) & _MASK32
-    c0, c1, c2, c3 = (c & _MASK32 for c in counter)
-    for _ in range(rounds):
-        high_a, low_a = _mul_hi_lo(c0, _ROUND_A)
-        high_b, low_b = _mul_hi_lo(c2, _ROUND_B)
-        c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
-        key_a, key_b = (key_a + _KEY_A) & _MASK32, (key_b + _KEY_B) & _MASK32
-    return c0, c1, c2, c3
+    seed, *words = torch.broadcast_tensors(seed, *counter)
+    ones = (1,) * seed.ndim
+    multipliers = torch.tensor([_ROUND_A, _ROUND_B], device=seed.device).view(2, *ones)
+    steps = torch.tensor([_KEY_A, _KEY_B], device=seed.device).view(2, *ones)
+    # Both halves of a round at once: words 0 and 2 are multiplied, 1 and 3 are mixed in.
+    key = torch.stack([seed & _MASK32, (seed >> 32) & _MASK32])
+    multiplied, mixed = (torch.stack([words[i] & _MASK32, words[i + 2] & _MASK32]) for i in (0, 1))
+    for index in range(rounds):
+        # an int64 product wraps around, which leaves all of its 64 bits as they should be
+        product = multiplied * multipliers
+        high = (product >> 32).bitwise_and_(_MASK32).flip(0)
+        multiplied = high.bitwise_xor_(mixed).bitwise_xor_((key + steps * index) & _MASK32)
+        mixed = product.bitwise_and_(_MASK32).flip(0)
+    return multiplied[0], mixed[0], multiplied[1], mixed[1]
 
 
 def _near_one(f: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:

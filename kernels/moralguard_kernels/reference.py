@@ -167,6 +167,8 @@ def rectify(
     Returns:
         f[R, V]; -inf where vetoed or removed.
     """
+    if not (deltas or thresholds or candidates):
+        return logits
     rectified = logits
     for delta in deltas:
         rectified = rectified + delta
@@ -174,11 +176,13 @@ def rectify(
         shifted = rectified.gather(-1, ids) + finite_or_zero(bias.to(rectified))
         target = rectified.clone() if keep_rest else torch.full_like(rectified, float("-inf"))
         rectified = target.scatter(-1, ids, shifted)
-    removed = torch.isneginf(logits)
+    # the largest threshold says it for all, and -inf stays under any finite one
+    lowest = torch.full_like(logits[:, :1], torch.finfo(logits.dtype).min)
     for threshold in thresholds:
-        removed = removed | (logits < threshold)
+        lowest = torch.maximum(lowest, threshold)
     # an overflowing sum stays the largest number, as +inf would make every softmax NaN
-    return rectified.clamp(max=torch.finfo(rectified.dtype).max).masked_fill(removed, float("-inf"))
+    rectified = rectified.clamp(max=torch.finfo(rectified.dtype).max)
+    return torch.where(logits >= lowest, rectified, float("-inf"))
 
 
 def warp(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:

@@ -176,18 +176,18 @@ def sample_logits(
         logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
         candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
     )  # fmt: skip
-    base = rows.sanitize_logits(logits)
     warp = tuple(_of_row(parameter, slots) for parameter in (temperature, top_k, top_p, min_p))
     seeds = seed if slots is None else seed[slots.long()]
     token = draw(guarded, seeds, position, *warp)
-    other = draw(base, seeds, position, *warp) if counterfactual else token.new_empty(0)
-    emptied = torch.isneginf(guarded).all(-1)
-    flags = emptied.int() * EMPTY + torch.isnan(logits).any(-1).int() * NAN_LOGITS
+    other = draw(rows.sanitize_logits(logits), seeds, position, *warp) if counterfactual else token.new_empty(0)
+    emptied = torch.isneginf(guarded.amax(-1))
+    # amax, unlike any(), is fast, and NaN wins in it
+    flags = emptied.int() * EMPTY + torch.isnan(logits.amax(-1)).int() * NAN_LOGITS
     log_probability = kl = torch.empty(0, device=logits.device)
     if summary:
         log_law = torch.log_softmax(guarded, -1)
         log_probability = log_law.gather(-1, token[:, None])[:, 0].masked_fill(emptied, float("-inf")).float()
-        kl = rows.kl_divergence(guarded, base).masked_fill(emptied, 0.0).float()
+        kl = rows.kl_divergence(guarded, rows.sanitize_logits(logits)).masked_fill(emptied, 0.0).float()
     return token, log_probability, kl, flags, other
 
 

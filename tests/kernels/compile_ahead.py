@@ -96,7 +96,7 @@ def signature_of(value: Any, path: tuple[int, ...], constants: dict[tuple[int, .
 
 def compile_launch(item: Launch, arch: int) -> dict[str, Any]:
     keywords = dict(item.keywords)
-    options = {name: keywords.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in keywords}
+    options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in keywords}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
     signature = {}

@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from moralguard_kernels.fused import launch
 from moralguard_kernels.fused.launch import Shape
 
+DRAWN_TERMS = [("mix",), ("two mixes", "low rank"), ("attenuation",), ("mix", "candidates"), ("mix", "biased candidates")]
 # the second ends hardly any row in the second launch, so that the third is used
 SHAPES = {"wide": Shape(1000, 512, 4, 1024), "overflowing": Shape(1000, 512, 4, 16)}
 

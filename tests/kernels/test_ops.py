@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import KINDS, TERMS, problem
+from problems import KINDS, TERMS, Problem, problem
 from scipy import stats
 
 import moralguard_kernels as ops
 
 
-def naive_law(p: object) -> np.ndarray:
+def naive_law(p: Problem) -> np.ndarray:
     """exp of float64 log-probabilities of the rectified law, by loops over rows and the formulas of the module's docstring."""
     z = p.logits.double().numpy()
-    t = {k: v for k, v in p.terms.items()}
+    t = p.terms
     out = np.full_like(z, -np.inf)
     slots = t["slots"].tolist() if "slots" in t else list(range(len(z)))
     biggest = float(torch.finfo(torch.float32).max)

@@ -19,11 +19,14 @@ from .split_rows import split_rows_kernel
 from .split_state import Split
 from .terms import Terms
 
+# Two programs of these kernels would fit a multiprocessor at 128 registers, and the compiler spills a few words to get there.
+_ROOM = {"maxnreg": 208}
 # Contracting a * b + c would change the last bit against the specification.
 _OPTIONS = {"enable_fp_fusion": False}
 GROUP = 128
+_MOST_ROWS = 65_535  # what CUDA allows in the grid's second dimension
 STRIP = 256  # groups a program of the second launch looks over
-BLOCK = 2048  # tokens it reads at a time
+BLOCK = 2048  # tokens it reads at a time; half of it with an attenuation, whose sources fill the registers
 FEW = 512
 CAPACITY = 2048
 
@@ -139,6 +142,8 @@ def _run_draw(
     """The three launches; the third ends at once where no row overflows."""
     device = terms.base[0].device
     virtual = 2 * rows if counterfactual else rows
+    if virtual > _MOST_ROWS:
+        raise ValueError(f"{virtual} rows in one call (the unguarded token counts as a row); at most {_MOST_ROWS}: split the batch")
 
     def floats(*size: int) -> torch.Tensor:
         return torch.empty(virtual, *size, dtype=torch.float32, device=device)
@@ -182,14 +187,14 @@ def _run_draw(
     strips = triton.cdiv(shape.groups, STRIP)
     refine_kernel[(strips, virtual)](
         terms, draw, work, split, result, rows, shape.vocabulary, shape.groups, strips,
-        RANK=rank, BLOCK=BLOCK, GROUP=GROUP, STRIP=STRIP, FEW=min(FEW, shape.capacity), CAPACITY=shape.capacity, SUMMARY=summary,
-        num_warps=8, **_OPTIONS,
+        RANK=rank, BLOCK=BLOCK if terms.biased is None else BLOCK // 2, GROUP=GROUP, STRIP=STRIP, FEW=min(FEW, shape.capacity),
+        CAPACITY=shape.capacity, SUMMARY=summary, num_warps=8, **_ROOM, **_OPTIONS,
     )  # fmt: skip
     if shape.vocabulary > shape.capacity:
         split_rows_kernel[(_programs(device, split_tiles, virtual),)](
             terms, draw, work, split, result, rows, shape.vocabulary, split_tiles,
             RANK=rank, TILE=shape.split_tile, TILES=triton.next_power_of_2(split_tiles), CANDIDATES=candidates, SUMMARY=summary,
-            num_warps=8, **_OPTIONS,
+            num_warps=8, **_ROOM, **_OPTIONS,
         )  # fmt: skip
     return result
 

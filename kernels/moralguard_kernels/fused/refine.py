@@ -31,7 +31,7 @@ def _gather(
     GROUP: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """Append a block's tokens over the bound to the row's survivors, in any order."""
+    """Append a block's tokens over the bound to the row's survivors, in any order; how many there were before."""
     group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     maxima = tl.load(work.group_max + virtual.to(tl.int64) * groups + group, mask=group < groups, other=float("-inf"))
     ids = block * BLOCK + tl.arange(0, BLOCK)
@@ -49,6 +49,7 @@ def _gather(
     first = tl.atomic_add(work.state + virtual * 4 + 1, tl.sum(number), sem="relaxed")
     place = first + tl.cumsum(number, axis=0) - number
     tl.store(work.survivors + virtual.to(tl.int64) * CAPACITY + place, ids, mask=keep & (place < CAPACITY))
+    return first
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def refine_kernel(
             touched = tl.where((maxima >= bound) & (group < groups), group // (BLOCK // GROUP), 0x7FFFFFFF)
             block = tl.min(touched)
             while block < 0x7FFFFFFF:
-                _gather(
+                before = _gather(
                     terms,
                     draw,
                     work,
@@ -106,7 +107,8 @@ def refine_kernel(
                     GROUP,
                     CAPACITY,
                 )
-                block = tl.min(tl.where(touched > block, touched, 0x7FFFFFFF))
+                # a row that overflows already needs no more of them counted
+                block = tl.where(before > CAPACITY, 0x7FFFFFFF, tl.min(tl.where(touched > block, touched, 0x7FFFFFFF)))
         tl.debug_barrier()
         if tl.atomic_add(state + 2, 1, sem="acq_rel") == strips - 1:
             tl.debug_barrier()

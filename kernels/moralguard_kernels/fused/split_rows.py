@@ -274,24 +274,23 @@ def split_rows_kernel(
     number = tl.load(work.overflow)
     turn = 0
     while turn < number:
+        # every program works on a row until it is closed, then on the next one; it begins where few others do
         virtual = tl.load(work.overflow + 1 + (tl.program_id(0) + turn) % number)
         counters = split.counters + virtual * 4
-        running = True
-        while running:
-            ticket = tl.atomic_add(counters, 1, sem="relaxed")
-            phase, tile = ticket // tiles, ticket % tiles
+        ticket = tl.atomic_add(counters, 1, sem="relaxed")
+        phase, tile = ticket // tiles, ticket % tiles
+        opened = tl.atomic_add(counters + 1, 0, sem="acquire")
+        while opened < phase:
             opened = tl.atomic_add(counters + 1, 0, sem="acquire")
-            while opened < phase:
-                opened = tl.atomic_add(counters + 1, 0, sem="acquire")
+        tl.debug_barrier()
+        if opened >= OVER:
+            turn += 1
+        else:
+            stage = tl.load(counters + 3, cache_modifier=".cg")
+            _sweep(terms, draw, split, virtual, rows, vocabulary, tiles, tile, stage, RANK, TILE)
             tl.debug_barrier()
-            running = opened < OVER
-            if running:
-                stage = tl.load(counters + 3, cache_modifier=".cg")
-                _sweep(terms, draw, split, virtual, rows, vocabulary, tiles, tile, stage, RANK, TILE)
+            if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tiles - 1:
                 tl.debug_barrier()
-                if tl.atomic_add(counters + 2, 1, sem="acq_rel") == tiles - 1:
-                    tl.debug_barrier()
-                    _end_phase(
-                        terms, draw, work, split, result, virtual, rows, vocabulary, tiles, stage, phase, RANK, TILES, CANDIDATES, SUMMARY
-                    )
-        turn += 1
+                _end_phase(
+                    terms, draw, work, split, result, virtual, rows, vocabulary, tiles, stage, phase, RANK, TILES, CANDIDATES, SUMMARY
+                )
