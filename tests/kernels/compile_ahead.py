@@ -31,9 +31,9 @@ from moralguard_kernels.fused import launch
 # Registers a thread that leave room for at least one program an SM, with head-room over what is seen, as compilers differ.
 CEILINGS = {
     "bound_kernel": 192,
-    "refine_kernel": 224,
-    "split_rows_kernel": 224,
-    "rectify_kernel": 128,
+    "refine_kernel": 248,
+    "split_rows_kernel": 248,
+    "rectify_kernel": 176,
     "log_sums_kernel": 64,
     "gumbel_kernel": 64,
 }

@@ -93,11 +93,11 @@ def rectify_kernel(
             chosen = tl.load(ids_of[0] + row.to(tl.int64) * ids_of[1] + each, mask=there, other=0).to(tl.int32)
             there = there & (chosen >= 0) & (chosen < vocabulary)
             bias = finite_or_zero(tl.load(bias_of[0] + row.to(tl.int64) * bias_of[1] + each, mask=there, other=0.0).to(tl.float32))
-            z = base_logits(terms, row, chosen, there)
-            guarded = rectified(terms, z, row, slot, chosen, there, RANK)
-            guarded = tl.where(z > float("-inf"), tl.minimum(guarded + bias, LARGEST), float("-inf"))
-            guarded = tl.where(ordered_key(z) >= threshold, guarded, float("-inf"))
-            tl.store(place + chosen, guarded.to(out.dtype.element_ty), mask=there)
+            at = base_logits(terms, row, chosen, there)
+            biased = rectified(terms, at, row, slot, chosen, there, RANK)
+            biased = tl.where(at > float("-inf"), tl.minimum(biased + bias, LARGEST), float("-inf"))
+            biased = tl.where(ordered_key(at) >= threshold, biased, float("-inf"))
+            tl.store(place + chosen, biased.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -245,8 +245,9 @@ def _end_phase(
             following = stage_after(draw, slot, stage)
             lowest = tl.load(split.keys + virtual * 2 + 1, cache_modifier=".cg") - 1
             begin_search(split, virtual, lowest, tl.load(split.sums + virtual * 8, cache_modifier=".cg"))
-        if stage == DRAW:
-            _finish(terms, draw, split, result, virtual, row, slot, plain, tiles, TILES, RANK, SUMMARY)
+        if result.threshold is None:
+            if stage == DRAW:
+                _finish(terms, draw, split, result, virtual, row, slot, plain, tiles, TILES, RANK, SUMMARY)
     counters = split.counters + virtual * 4
     tl.store(counters + 2, 0)
     tl.store(counters + 3, following)
