@@ -4,7 +4,13 @@ Every round runs all variants one after the other, so that drift of the machine 
 its round against the faster of transformers' ``model.generate`` and the own loop with an empty policy. Times are between tokens
 (the prompt is read before the first), greedy, over the same number of tokens.
 
+``--shape 1b`` and ``8b`` are Llamas of these sizes with random weights, for latency on a GPU (``tiny`` is there to try the program).
+``--graphs`` adds transformers' generate with a static cache, which captures the forward in CUDA graphs, alone and with the guard as
+its logits processor; their ratios are among themselves. A control that reads hidden states can't ride a captured forward: it is left
+out there, and said so.
+
     python benchmarks/decode.py [--batch 1 8] [--dtype float32] [--rounds 9] [--tokens 24] [--only NAME ...] [--out FILE]
+    python benchmarks/decode.py --shape 8b --device cuda --dtype bfloat16 --batch 1 8 64 --graphs --out FILE
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,14 +27,22 @@ import torch
 from environment import environment
 from rich.console import Console
 from rich.table import Table
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import moralguard as mg
+from moralguard.backends.hf import LanguageModel
 from moralguard.controls import PPLM, DExperts, FactoredHead, Fudge, NullspaceProjection, Prompt, SelfDebias
 from moralguard.controls.base import Control
 from moralguard.decoding.loop import decode
 from moralguard.decoding.records import Completion
 from moralguard.decoding.settings import DecodingSettings
+from moralguard.errors import UnsupportedPathError
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 49_152},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "vocab_size": 128_256},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 128_256},
+}
 
 PROMPTS = [
     "The history of the city begins with a small settlement",
@@ -80,7 +94,25 @@ class Clock(LogitsProcessor):
         return scores
 
 
-def time_transformers(lm: mg.LanguageModel, prompts: list[list[int]], tokens: int) -> float:
+def random_llama(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
+    """A Llama of a known shape with random weights; the demo model's tokenizer spells its prompts."""
+    config = LlamaConfig(**SHAPES[shape], num_key_value_heads=4 if shape == "tiny" else 8, max_position_embeddings=2048)
+    config.tie_word_embeddings = shape == "1b"
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(kept)
+    model.generation_config.eos_token_id = None
+    return LanguageModel(model, mg.load_model("smollm2-135m").tokenizer, name=f"random-{shape}")
+
+
+def time_transformers(
+    lm: mg.LanguageModel, prompts: list[list[int]], tokens: int, processors: Sequence[LogitsProcessor] = (), **generation: object
+) -> float:
     """Seconds a token of model.generate."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
@@ -93,7 +125,8 @@ def time_transformers(lm: mg.LanguageModel, prompts: list[list[int]], tokens: in
         min_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
-        logits_processor=LogitsProcessorList([clock]),
+        logits_processor=LogitsProcessorList([*processors, clock]),
+        **generation,
     )
     return _per_token(clock.times)
 
@@ -116,8 +149,12 @@ def _per_token(times: list[float]) -> float:
     return statistics.median(after - before for before, after in pairwise(times))
 
 
-def measure(lm: mg.LanguageModel, batch: int, tokens: int, rounds: int, only: list[str] | None) -> list[dict[str, object]]:
-    prompts = [[int(i) for i in lm.tokenizer(text)["input_ids"]] for text in PROMPTS[:batch]]
+GRAPHS = ", CUDA graphs"
+
+
+def measure(lm: mg.LanguageModel, batch: int, tokens: int, rounds: int, only: list[str] | None, graphs: bool) -> list[dict[str, object]]:
+    texts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+    prompts = [[int(i) for i in lm.tokenizer(text)["input_ids"]] for text in texts]
     runs: dict[str, Callable[[int], float]] = {"transformers": lambda n: time_transformers(lm, prompts, n)}
     empty = mg.Guard(mg.Policy(controls=()), lm)
     runs["empty policy"] = lambda n: time_own_loop(empty, prompts, n)
@@ -125,16 +162,27 @@ def measure(lm: mg.LanguageModel, batch: int, tokens: int, rounds: int, only: li
         if only is None or name in only:
             guard = mg.Guard(mg.Policy(controls=controls), lm)
             runs[name] = lambda n, guard=guard: time_own_loop(guard, prompts, n)
-    for run in runs.values():
-        run(4)
+            if graphs:
+                runs[name + GRAPHS] = lambda n, guard=guard: time_transformers(
+                    lm, prompts, n, [guard.logits_processor()], cache_implementation="static"
+                )
+    if graphs:
+        runs["transformers" + GRAPHS] = lambda n: time_transformers(lm, prompts, n, cache_implementation="static")
+    for name, run in list(runs.items()):
+        try:
+            run(4)
+        except UnsupportedPathError as error:
+            print(f"{name} left out: {error}")
+            del runs[name]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             seconds[name].append(run(max(6, tokens // 3) if name.startswith("pplm") else tokens))
-    baseline = [min(pair) for pair in zip(seconds["transformers"], seconds["empty policy"], strict=True)]
+    unguarded = [min(pair) for pair in zip(seconds["transformers"], seconds["empty policy"], strict=True)]
     goals = GOALS | (GOALS_BFLOAT16 if lm.dtype == torch.bfloat16 else {})
     rows = []
     for name, times in seconds.items():
+        baseline = seconds["transformers" + GRAPHS] if name.endswith(GRAPHS) else unguarded
         ratios = sorted(t / b for t, b in zip(times, baseline, strict=True))
         rows.append(
             {
@@ -154,6 +202,9 @@ def measure(lm: mg.LanguageModel, batch: int, tokens: int, rounds: int, only: li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape with random weights instead of the model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--graphs", action="store_true", help="also generate() with CUDA graphs")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=24)
@@ -161,9 +212,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    lm = mg.load_model(arguments.model, dtype=arguments.dtype)
-    rows = [row for b in arguments.batch for row in measure(lm, b, arguments.tokens, arguments.rounds, arguments.only)]
-    where = environment()
+    if arguments.shape:
+        lm = random_llama(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
+    else:
+        lm = mg.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    rows = [row for b in arguments.batch for row in measure(lm, b, arguments.tokens, arguments.rounds, arguments.only, arguments.graphs)]
+    where = environment() | {"model": lm.name}
     table = Table("variant", "batch", "dtype", "ms a token", "ratio", "p20-p80", "goal", title=json.dumps(where), title_justify="left")
     for r in rows:
         spread = f"{r['ratio_p20']}-{r['ratio_p80']}"

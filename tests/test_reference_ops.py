@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moralguard_kernels as ops
-from moralguard_kernels import reference
+from moralguard_kernels import levels
 
 NEG = float("-inf")
 POS = float("inf")
@@ -167,41 +167,46 @@ def test_top_p_per_row() -> None:
     assert found.sum(-1).tolist() == [1, 2, 3]
 
 
-def nucleus_calls(z: torch.Tensor, p: float) -> int:
-    with mock.patch.object(reference, "_nucleus_threshold", wraps=reference._nucleus_threshold) as spy:
-        ops.top_p_threshold(z, p)
-    return spy.call_count
-
-
-def test_top_p_takes_every_path() -> None:
+def test_top_p_of_many_kinds_of_rows() -> None:
     rng = np.random.default_rng(5)
-    spike, uniform, masked = (torch.from_numpy(make_row(kind, 1500, rng))[None] for kind in ("spike", "uniform", "masked"))
-    assert nucleus_calls(spike, 0.9) == 1, "a spike's nucleus lies inside the first look"
-    assert nucleus_calls(uniform, 0.9) == 2, "a uniform row of 1500 is sorted in full"
-    assert nucleus_calls(torch.cat([spike, uniform]), 0.9) == 2
-    normal = torch.from_numpy(make_row("normal", 1500, rng))[None]
-    wanted = mass_above(normal[0].numpy()) < 0.9
-    assert 512 < wanted.sum() < 1500
-    assert np.array_equal(kept(normal, ops.top_p_threshold(normal, 0.9))[0], wanted)
-    assert kept(uniform, ops.top_p_threshold(uniform, 0.9)).all()
-    assert ops.top_p_threshold(masked, 0.9).item() == NEG
-
     rows = torch.from_numpy(np.stack([make_row(kind, 6000, rng) for kind in ("uniform", "spike", "normal", "wide", "masked")]))
-    assert nucleus_calls(rows, 0.9) == 3, "first look, second look, full sort"
     found = kept(rows, ops.top_p_threshold(rows, 0.9))
     for row, keep in zip(rows.numpy()[:4], found, strict=False):
         assert np.array_equal(keep, mass_above(row) < 0.9)
     assert found.sum(-1)[0] == 6000
     assert found.sum(-1)[1] == 1
     assert 512 < found.sum(-1)[2] < 4096
+    assert ops.top_p_threshold(rows, 0.9)[-1].item() == NEG
 
 
 @few
-@given(z=logits((513, 700, 1500, 5000)), p=st.floats(0.05, 1.0), looks=st.sampled_from([(), (1,), (3, 100), (512,), (600, 4096), (10**6,)]))
-def test_top_p_is_the_same_however_far_it_looks_first(z: torch.Tensor, p: float, looks: tuple[int, ...]) -> None:
-    usual = ops.top_p_threshold(z.float(), p)
-    with mock.patch.object(reference, "_NUCLEUS_LOOKS", looks):
-        assert torch.equal(ops.top_p_threshold(z.float(), p), usual)
+@given(
+    z=logits((1, 50, 700, 5000)),
+    p=st.floats(0.05, 1.0),
+    k=st.integers(1, 5000),
+    down=st.sampled_from([(), (0.0,), (0.1, 2.0), (30.0,), (1e9,)]),
+)
+def test_thresholds_are_the_same_however_far_down_they_look_first(z: torch.Tensor, p: float, k: int, down: tuple[float, ...]) -> None:
+    usual = ops.top_p_threshold(z.float(), p), ops.top_k_threshold(z, k)
+    with mock.patch.object(levels, "_LEVELS", down):
+        assert torch.equal(ops.top_p_threshold(z.float(), p), usual[0])
+        assert torch.equal(ops.top_k_threshold(z, k), usual[1])
+
+
+@few
+@given(z=logits((3, 50, 700)), seed=st.integers(-(2**63), 2**63 - 1), position=st.integers(0, 2**20))
+def test_noise_that_cannot_win_is_left_out_of_a_draw_unseen(z: torch.Tensor, seed: int, position: int) -> None:
+    keys, places = torch.tensor([seed] * len(z)), torch.tensor([position] * len(z))
+    noise = ops.gumbel_noise(keys, places, torch.arange(z.shape[1]).expand(z.shape))
+    for dtype in (torch.float32, torch.float64):
+        row = z.to(dtype)
+        wanted = (row + noise.to(dtype)).argmax(-1)
+        assert torch.equal(ops.gumbel_argmax(row, keys, places), wanted)
+
+
+def test_an_impossible_k_is_an_error() -> None:
+    with pytest.raises(ValueError, match="k is 9, of 4 logits"):
+        levels.kth_largest(np.zeros(4), 9)
 
 
 @few

@@ -12,13 +12,17 @@ float64 logits to get float64 arithmetic. Rules that every implementation must k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from .philox import gumbel_noise, vocabulary_noise
+from . import levels
+from .noise import gumbel_of_words, token_words, uniform_of_words, vocabulary_words
 
-# A nucleus is looked for among so many largest logits, then among more; what is left is sorted in full (the result is the same).
-_NUCLEUS_LOOKS = (512, 4096)
+# More than the error of a float32 logarithm whose result lies within 23 of 0.
+_LOG_ERROR = 1e-3
 
 
 def _working(logits: torch.Tensor) -> torch.Tensor:
@@ -102,7 +106,7 @@ def top_k_threshold(logits: torch.Tensor, k: int) -> torch.Tensor:
     """[R, 1]: the k-th largest logit of each row; v is kept iff z_v >= it (boundary ties stay). k >= V gives -inf."""
     if k >= logits.shape[-1]:
         return torch.full_like(logits[:, :1], float("-inf"))
-    return torch.topk(logits, k, dim=-1).values[:, -1:]
+    return _of_rows([levels.kth_largest(row, k) for row in _host(logits)], logits)
 
 
 def top_p_threshold(logits: torch.Tensor, p: float | torch.Tensor) -> torch.Tensor:
@@ -112,34 +116,27 @@ def top_p_threshold(logits: torch.Tensor, p: float | torch.Tensor) -> torch.Tens
     everything that isn't -inf (float32 mass of the top token can round to the total, so this is decided before any sum).
     """
     z = _working(logits)
-    rows, vocabulary = z.shape
-    p_row = torch.as_tensor(p, dtype=z.dtype, device=z.device).reshape(-1, 1).expand(rows, 1)
+    p_row = torch.as_tensor(p, dtype=z.dtype, device=z.device).reshape(-1).expand(len(z)).tolist()
     # softmax reduces each row in one order whatever the batch, which logsumexp doesn't
-    probabilities = torch.softmax(z, -1)
-    threshold = torch.empty_like(z[:, :1])
-    pending = torch.arange(rows, device=z.device)
-    for look in (*(n for n in _NUCLEUS_LOOKS if n < vocabulary), vocabulary):
-        largest = torch.topk(z[pending], look, dim=-1)
-        found, complete = _nucleus_threshold(largest.values, probabilities[pending].gather(-1, largest.indices), p_row[pending])
-        threshold[pending] = found
-        pending = pending[~complete.squeeze(-1)]
-        if not len(pending):
-            break
-    return torch.where(p_row >= 1, torch.full_like(threshold, float("-inf")), threshold)
+    rows = zip(_host(z), _host(torch.softmax(z, -1)), p_row, strict=True)
+    return _of_rows([float("-inf") if own >= 1 else levels.nucleus_threshold(row, law, own) for row, law, own in rows], z)
 
 
-def _nucleus_threshold(largest: torch.Tensor, mass: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nucleus boundary among the sorted largest logits [R, n] of these masses; complete says that it lies inside them."""
-    before = mass.cumsum(-1) - mass
-    # The mass strictly above a group of ties is the mass before its first member.
-    first_of_ties = torch.ones_like(largest, dtype=torch.bool)
-    first_of_ties[:, 1:] = largest[:, 1:] < largest[:, :-1]
-    inside = (before < p) & first_of_ties
-    inside[:, 0] = True
-    index = torch.arange(largest.shape[-1], device=largest.device)
-    last = torch.where(inside, index, -1).amax(-1, keepdim=True)
-    covered = before[:, -1:] + mass[:, -1:]
-    return largest.gather(-1, last), (covered >= p) | (p >= 1)
+def _host(tensor: torch.Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array
+
+
+def _of_rows(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _keep_from(values: torch.Tensor, logits: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """The values [R, V] whose logit reaches the threshold [R, 1], -inf elsewhere. NumPy compares several times faster than torch."""
+    if values.is_cuda:
+        return torch.where(logits >= threshold, values, float("-inf"))
+    kept = np.where(_host(logits) >= _host(threshold), _host(values), _host(values).dtype.type(-np.inf))
+    return torch.from_numpy(kept)
 
 
 def min_p_threshold(logits: torch.Tensor, min_p: float | torch.Tensor) -> torch.Tensor:
@@ -182,7 +179,7 @@ def rectify(
         lowest = torch.maximum(lowest, threshold)
     # an overflowing sum stays the largest number, as +inf would make every softmax NaN
     rectified = rectified.clamp(max=torch.finfo(rectified.dtype).max)
-    return torch.where(logits >= lowest, rectified, float("-inf"))
+    return _keep_from(rectified, logits, lowest)
 
 
 def warp(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
@@ -194,16 +191,16 @@ def warp(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: 
     if temperature != 1.0:
         z = (z / temperature).clamp(max=torch.finfo(z.dtype).max)
     if top_k:
-        z = z.masked_fill(z < top_k_threshold(z, top_k), float("-inf"))
+        z = _keep_from(z, z, top_k_threshold(z, top_k))
     if top_p < 1.0:
-        z = z.masked_fill(z < top_p_threshold(z, top_p), float("-inf"))
+        z = _keep_from(z, z, top_p_threshold(z, top_p))
     if min_p > 0.0:
-        z = z.masked_fill(z < min_p_threshold(z, min_p), float("-inf"))
+        z = _keep_from(z, z, min_p_threshold(z, min_p))
     return z
 
 
 def gumbel_argmax(logits: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Exact draw from softmax(logits) by the Gumbel-max trick: i64[R]. Noise is made for surviving tokens only.
+    """Exact draw from softmax(logits) by the Gumbel-max trick: i64[R]. Noise is made only for tokens that can win.
 
     Two calls with the same (seed, position) and other logits share their noise: that is what makes the unguarded
     counterfactual token comparable with the drawn one (arXiv 2411.07180).
@@ -212,18 +209,30 @@ def gumbel_argmax(logits: torch.Tensor, seed: torch.Tensor, position: torch.Tens
         logits: f[R, V]; -inf where removed. An all -inf row gives token 0; ``torch.isneginf(logits).all(-1)`` tells.
         seed, position: i64[R].
     """
-    survivors = int((~torch.isneginf(logits)).sum(-1).max())
-    if survivors == 0:
-        return torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
-    if survivors > logits.shape[-1] // 2:
-        drawn = (logits + vocabulary_noise(seed, position, logits.shape[-1]).to(logits)).argmax(-1)
-    else:
-        scores, ids = torch.topk(logits, survivors, dim=-1)
-        # ascending ids, so that the lowest id wins a tie
-        ids, order = ids.sort(-1)
-        noisy = scores.gather(-1, order) + gumbel_noise(seed, position, ids).to(scores)
-        drawn = ids.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
-    return drawn.masked_fill(torch.isneginf(logits).all(-1), 0)
+    z, keys, places = _host(logits), _host(seed), _host(position)
+    possible = z > -np.inf
+    if 2 * np.count_nonzero(possible) > z.size:
+        possible &= _can_win(z, keys, places)
+    row, ids = np.nonzero(possible)  # by row, then by id
+    if np.array_equal(row, np.arange(len(z))):  # one token each: no noise changes that
+        return torch.as_tensor(ids, device=logits.device)
+    noisy = z[row, ids] + gumbel_of_words(token_words(keys[row], places[row], ids)).astype(z.dtype)
+    drawn = np.zeros(len(z), dtype=np.int64)
+    order = np.lexsort((-noisy, row))  # stable: the lowest id comes first of equals
+    best = order[np.diff(row[order], prepend=-1) > 0]
+    drawn[row[best]] = ids[best]
+    return torch.as_tensor(drawn, device=logits.device)
+
+
+def _can_win(z: NDArray[Any], seed: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool[R, V]: tokens whose noisy logit can be a row's largest, as -log u bounds the noise from above."""
+    words = vocabulary_words(seed, position, z.shape[-1])
+    # the rounding of a sum is monotone, so a bound on the noise bounds the noisy logit
+    bound = z + (np.float32(_LOG_ERROR) - np.log(uniform_of_words(words))).astype(z.dtype)
+    first = (np.arange(len(z)), bound.argmax(-1))
+    least = z[first] + gumbel_of_words(words[first]).astype(z.dtype)
+    found: NDArray[np.bool_] = bound >= least[:, None]
+    return found
 
 
 def kl_divergence(guarded: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -207,12 +207,18 @@ def draw(
         for parameter, neutral in ((temperature, 1.0), (top_k, 0), (top_p, 1.0), (min_p, 0.0))
     ]
     settings = list(zip(*columns, strict=True))
+    if len(set(settings)) == 1:
+        return _draw_alike(logits, seed, position, *settings[0])
     token = torch.empty(count, dtype=torch.int64, device=logits.device)
     for distinct in dict.fromkeys(settings):
         chosen = torch.tensor([i for i, own in enumerate(settings) if own == distinct], device=logits.device)
-        some = logits if len(chosen) == count else logits[chosen]
-        if distinct[0] == 0:
-            token[chosen] = some.argmax(-1)
-        else:
-            token[chosen] = rows.gumbel_argmax(rows.warp(some, *distinct), seed[chosen], position[chosen])
+        token[chosen] = _draw_alike(logits[chosen], seed[chosen], position[chosen], *distinct)
     return token
+
+
+def _draw_alike(
+    logits: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> torch.Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    return rows.gumbel_argmax(rows.warp(logits, temperature, top_k, top_p, min_p), seed, position)

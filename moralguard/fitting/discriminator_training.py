@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moralguard.discriminator.network import Network
 from moralguard.discriminator.tokens import Tokens, WordPieces
-from moralguard.errors import DataError
+from moralguard.fitting.checkpoints import linear_rate, load_checkpoint, save_checkpoint
 from moralguard.fitting.rows import Row
 from moralguard.fitting.sampling import Sampler
 from moralguard.schema import StrictModel
@@ -92,11 +89,11 @@ def train_network(
     groups = [{"params": tuned, "lr": settings.learning_rate}, {"params": fresh, "lr": settings.head_learning_rate}]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True)
     warm = max(1, int(settings.warmup * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, warm, settings.steps))
-    start = _resume(checkpoint, settings, trainable, optimizer) if checkpoint is not None else 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_rate(step, warm, settings.steps))
+    start = load_checkpoint(checkpoint, _key(settings), trainable, optimizer) if checkpoint is not None else 0
     schedule.last_epoch = start
     for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = rate * _rate(start, warm, settings.steps)
+        group["lr"] = rate * linear_rate(start, warm, settings.steps)
     running = 0.0
     batches: list[list[list[Row]]] = []
     for step in range(start, settings.steps):
@@ -115,13 +112,8 @@ def train_network(
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
         report(Progress(step + 1, settings.steps, running))
         if checkpoint is not None and (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-            _save(checkpoint, settings, trainable, optimizer, step + 1)
+            save_checkpoint(checkpoint, _key(settings), trainable, optimizer, step + 1)
     return network.eval()
-
-
-def _rate(step: int, warm: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to nothing."""
-    return min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
 
 
 def _batches(sampler: Sampler, first: int, settings: TrainingSettings) -> list[list[list[Row]]]:
@@ -187,36 +179,3 @@ def _text_tokens(pieces: WordPieces, texts: Sequence[str], max_tokens: int, choo
 
 def _key(settings: TrainingSettings) -> str:
     return hashlib.sha256(settings.model_dump_json(exclude={"checkpoint_every"}).encode()).hexdigest()
-
-
-def _save(path: Path, settings: TrainingSettings, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"parameter.{name}": p.detach() for name, p in trainable.items()}
-    for name, p in trainable.items():
-        state = optimizer.state[p]
-        # a step of its own each: the cross head isn't trained in every step
-        tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"], f"count.{name}": state["step"]}
-    partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps({"step": step, "key": _key(settings)})})
-    os.replace(partial, path)
-
-
-def _resume(path: Path, settings: TrainingSettings, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    from safetensors import safe_open
-
-    if not path.is_file():
-        return 0
-    with safe_open(path, "pt") as file:
-        run = json.loads((file.metadata() or {}).get("run", "{}"))
-    if run.get("key") != _key(settings):
-        raise DataError(f"{path} is the checkpoint of a run with other settings; delete it, or give the settings it was started with")
-    tensors = load_file(path)
-    step = int(run["step"])
-    with torch.no_grad():
-        for name, p in trainable.items():
-            p.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[p] = {
-                "step": tensors[f"count.{name}"].to(p.device),
-                "exp_avg": tensors[f"first.{name}"].to(p.device),
-                "exp_avg_sq": tensors[f"second.{name}"].to(p.device),
-            }
-    return step
