@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
-from moralguard.decoding.gate import Gate
+from moralguard.decoding.gate import BoundGate
 from moralguard.errors import PromptError, UnsupportedPathError
 from moralguard.processor import GuardLogitsProcessor
 
@@ -29,7 +29,7 @@ _UNCOVERED = ("generate_batch", "init_continuous_batching", "continuous_batching
 def attach(
     lm: LanguageModel,
     controls: Sequence[BoundControl],
-    gate: Gate | None,
+    gate: BoundGate | None,
     open_on_error: bool,
     counters: Counters,
     model: Any = None,
@@ -76,7 +76,7 @@ def _refusal(name: str) -> Callable[..., Any]:
 def _guarded_generate(
     lm: LanguageModel,
     controls: Sequence[BoundControl],
-    gate: Gate | None,
+    gate: BoundGate | None,
     open_on_error: bool,
     counters: Counters,
     inherited: Callable[..., Any],
@@ -86,10 +86,10 @@ def _guarded_generate(
     bound = inspect.signature(inherited).bind_partial(*args, **kwargs)
     named = {k: v for k, v in bound.arguments.items() if k not in ("args", "kwargs")} | bound.arguments.get("kwargs", {})
     config = _resolved_config(lm, named)
-    _refuse_uncovered(controls, named, config)
+    _refuse_uncovered(controls, gate, named, config)
     ids = _input_ids(named)
     temperature = config.temperature if config.do_sample and config.temperature else 1.0
-    hidden = any(control.settings.needs.hidden for control in controls)
+    hidden = any(control.settings.needs.hidden for control in controls) or (gate is not None and gate.needs.hidden)
     with lm.capture() if hidden else nullcontext() as captured:
         processor = GuardLogitsProcessor(
             lm,
@@ -113,7 +113,7 @@ def _resolved_config(lm: LanguageModel, named: dict[str, Any]) -> Any:
     return lm.model._prepare_generation_config(named.get("generation_config"), **others)[0]
 
 
-def _refuse_uncovered(controls: Sequence[BoundControl], named: dict[str, Any], config: Any) -> None:
+def _refuse_uncovered(controls: Sequence[BoundControl], gate: BoundGate | None, named: dict[str, Any], config: Any) -> None:
     """Raise on ways of generating that would bypass the guard or mislead a control."""
     if named.get("custom_generate") is not None:
         raise UnsupportedPathError("custom_generate brings a decode loop of its own, which may skip logits processors; use guard.generate")
@@ -128,18 +128,20 @@ def _refuse_uncovered(controls: Sequence[BoundControl], named: dict[str, Any], c
         if cache.get_seq_length() >= ids.shape[1] or (mask is not None and mask.shape[1] != ids.shape[1]):
             raise UnsupportedPathError("past_key_values holds text that input_ids lacks; pass the ids of the whole text")
     _check_room(controls, config, ids)
-    stateful = [c.name for c in controls if c.settings.needs.hidden or c.settings.needs.cache or c.settings.needs.grad]
+    stateful = [f"control {c.name!r}" for c in controls if c.settings.needs.hidden or c.settings.needs.cache or c.settings.needs.grad]
+    if gate is not None and gate.needs.hidden:
+        stateful.append("the gate")
     if not stateful:
         return
     drafts = (getattr(config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"))
     if named.get("assistant_model") is not None or any(drafts):
         raise UnsupportedPathError(
-            f"assisted decoding scores several positions at once and takes tokens back, which control {stateful[0]!r} can't follow; drop "
-            "assistant_model / prompt_lookup_num_tokens, or the control"
+            f"assisted decoding scores several positions at once and takes tokens back, which {stateful[0]} can't follow; drop "
+            "assistant_model / prompt_lookup_num_tokens, or the control or gate"
         )
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise UnsupportedPathError(
-            f"guidance_scale runs the model a second time in each step, and control {stateful[0]!r} would read that pass's hidden state"
+            f"guidance_scale runs the model a second time in each step, and {stateful[0]} would read that pass's hidden state"
         )
 
 

@@ -18,6 +18,7 @@ from moralguard.backends.hf import LanguageModel
 from moralguard.backends.prompts import PromptLike, as_batch, encode_prompt, is_single
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.counters import Counters
+from moralguard.decoding.gate import BoundGate, Gate
 from moralguard.decoding.loop import LoopContext, decode
 from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import Completion, GenerationResult
@@ -39,8 +40,10 @@ class Guard:
             may be None where prompts are token ids and no control needs text.
 
     Attributes:
-        policy: the policy.
+        policy: the policy as given.
         lm: the model as the guard sees it.
+        fitted: the model's name in the policy's ``fitted`` entry whose controls and gate act; None where the general ones do.
+        gate: when the controls act on this model; None is always.
         controls: the bound controls that act (strength not 0).
         counters: what was emitted, guarded and passed over since the guard was built.
 
@@ -55,8 +58,12 @@ class Guard:
         if self.lm.model.training:
             warnings.warn(f"{self.lm.name} is in training mode: its dropout makes every pass differ; call model.eval() first", stacklevel=2)
         self.counters = Counters()
+        entry = self.policy.fitted_for(self.lm)
+        self.fitted: str | None = None if entry is None else entry.model
+        acting = self.policy.for_model(self.lm)
+        self.gate: BoundGate | None = None if acting.gate is None else bind_gate(acting.gate, self.lm, acting)
         self.controls: tuple[BoundControl, ...] = tuple(
-            bind_control(control, self.lm, self.policy) for control in self.policy.effective_controls() if control.active
+            bind_control(control, self.lm, acting) for control in acting.effective_controls() if control.active
         )
 
     def __repr__(self) -> str:
@@ -155,7 +162,12 @@ class Guard:
                     f"control {control.name!r} needs {', '.join(missing)}, which a logits processor doesn't get; use "
                     "`with guard.attach(model): model.generate(...)` or guard.generate(...)"
                 )
-        return GuardLogitsProcessor(self.lm, self.controls, self.policy.gate, self._open, self.counters, attention_mask=attention_mask)
+        if self.gate is not None and self.gate.needs.hidden:
+            raise UnsupportedPathError(
+                "the gate tells the risk from hidden states, which a logits processor doesn't get; use "
+                "`with guard.attach(model): model.generate(...)` or guard.generate(...)"
+            )
+        return GuardLogitsProcessor(self.lm, self.controls, self.gate, self._open, self.counters, attention_mask=attention_mask)
 
     def attach(self, model: Any = None) -> AbstractContextManager[Any]:
         """Inside, ``model.generate`` is guarded by every control; afterwards the model is exactly as before.
@@ -166,7 +178,7 @@ class Guard:
         Raises:
             UnsupportedPathError: another model, one that is already attached, or a way of generating that the guard can't cover.
         """
-        return attach(self.lm, self.controls, self.policy.gate, self._open, self.counters, model)
+        return attach(self.lm, self.controls, self.gate, self._open, self.counters, model)
 
     @property
     def _open(self) -> bool:
@@ -199,7 +211,7 @@ class Guard:
             lm=self.lm,
             controls=self.controls,
             settings=decoding,
-            gate=self.policy.gate,
+            gate=self.gate,
             open_on_error=self._open,
             counters=self.counters,
             values={control.name: ids for control in self.controls},
@@ -251,3 +263,17 @@ def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundCo
             f"({type(lm.model).__name__}) doesn't offer; drop the control or use another model"
         )
     return control.bind(lm, policy.values)
+
+
+def bind_gate(gate: Gate, lm: LanguageModel, policy: Policy) -> BoundGate:
+    """Bind a gate, after comparing what it needs with what the model offers.
+
+    Raises:
+        PolicyError: a capability is missing. ModelError: a pack of another model.
+    """
+    missing = lm.missing(gate.needs)
+    if missing:
+        raise PolicyError(
+            f"the gate of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} doesn't offer; use one without risk"
+        )
+    return gate.bind(lm)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, SkipValidation, WithJsonSchema, field_validator, model_validator
 
+from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import Control
 from moralguard.controls.registry import control_class, control_names, read_control, write_control
 from moralguard.decoding.gate import Gate
@@ -40,6 +41,21 @@ class DecodingDefaults(StrictModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
+class FittedControls(StrictModel):
+    """Controls made of packs that were fitted on one model.
+
+    Attributes:
+        model: the model's name, for people.
+        fingerprint: ``LanguageModel.fingerprint`` of the model.
+        controls, gate: what acts on that model in place of the policy's own controls and gate.
+    """
+
+    model: str
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    controls: tuple[AnyControl, ...]
+    gate: Gate | None = None
+
+
 class Policy(StrictModel):
     """A frozen policy.
 
@@ -50,6 +66,7 @@ class Policy(StrictModel):
         on_error: "closed" ends a request whose control fails, with an error; "open" passes over the failure and counts it.
         decoding: defaults of ``guard.generate``.
         gate: when the controls act; always, without one.
+        fitted: controls for single models, made of packs fitted on them; where none is for the model at hand, ``controls`` act.
     """
 
     name: str = "custom"
@@ -59,6 +76,7 @@ class Policy(StrictModel):
     on_error: Literal["closed", "open"] = "closed"
     decoding: DecodingDefaults = DecodingDefaults()
     gate: Gate | None = None
+    fitted: tuple[FittedControls, ...] = ()
 
     @field_validator("values", mode="before")
     @classmethod
@@ -73,6 +91,14 @@ class Policy(StrictModel):
         repeated = sorted({i for i in ids if ids.count(i) > 1})
         if repeated:
             raise PolicyError(f"policy {self.name!r} has several values with id {', '.join(repeated)}; ids are distinct")
+        return self
+
+    @model_validator(mode="after")
+    def _one_entry_a_model(self) -> Policy:
+        prints = [entry.fingerprint for entry in self.fitted]
+        repeated = sorted({i for i in prints if prints.count(i) > 1})
+        if repeated:
+            raise PolicyError(f"policy {self.name!r} has several fitted entries with fingerprint {', '.join(repeated)}; keep one a model")
         return self
 
     @classmethod
@@ -129,15 +155,29 @@ class Policy(StrictModel):
         distinct: dict[int, Control] = {id(control): control for control in self.controls}
         return tuple(distinct.values())
 
+    def fitted_for(self, lm: LanguageModel) -> FittedControls | None:
+        """The entry of ``fitted`` that is for this model."""
+        # without entries the model's weights aren't read
+        return next((entry for entry in self.fitted if entry.fingerprint == lm.fingerprint), None)
+
+    def for_model(self, lm: LanguageModel) -> Policy:
+        """The policy as it acts on a model: with the controls and the gate of its entry in ``fitted``, where it has one."""
+        entry = self.fitted_for(lm)
+        return self if entry is None else self.replaced(controls=entry.controls, gate=entry.gate, fitted=())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data that ``Policy.load`` reads back.
 
         Raises:
             PolicyError: a control holds a tensor, a model or a function.
         """
-        data = self.model_dump(mode="json", exclude_none=True, exclude={"controls"})
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"controls", "fitted", "gate"})
+        if self.gate is not None:
+            data["gate"] = _write_gate(self.gate)
         if self.controls is not None:
             data["controls"] = [write_control(control) for control in self.controls]
+        if self.fitted:
+            data["fitted"] = [_write_fitted(entry) for entry in self.fitted]
         return {key: value for key, value in data.items() if value not in ("", {}, []) or key == "controls"}
 
     def as_yaml(self) -> str:
@@ -168,6 +208,17 @@ def _with_distinct_ids(values: Sequence[Any]) -> tuple[Any, ...]:
         taken.add(found.id)
         named.append(found)
     return tuple(named)
+
+
+def _write_fitted(entry: FittedControls) -> dict[str, Any]:
+    data: dict[str, Any] = {"model": entry.model, "fingerprint": entry.fingerprint}
+    data["controls"] = [write_control(control) for control in entry.controls]
+    return data if entry.gate is None else data | {"gate": _write_gate(entry.gate)}
+
+
+def _write_gate(gate: Gate) -> dict[str, Any]:
+    # what a gate doesn't use isn't a setting of it
+    return gate.model_dump(mode="json", exclude_defaults=True)
 
 
 def _controls_for_values() -> tuple[Control, ...]:
@@ -202,5 +253,7 @@ def policy_schema() -> dict[str, Any]:
         options.append({"$ref": f"#/$defs/{found.__name__}"})
     values = schema["properties"]["values"]
     values["items"] = {"anyOf": [values["items"], {"type": "string", "minLength": 3}]}  # a statement alone is a value
-    schema["properties"]["controls"] = {"anyOf": [{"type": "array", "items": {"oneOf": options}}, {"type": "null"}]}
+    controls = {"type": "array", "items": {"oneOf": options}}
+    schema["properties"]["controls"] = {"anyOf": [controls, {"type": "null"}]}
+    definitions["FittedControls"]["properties"]["controls"] = controls
     return schema

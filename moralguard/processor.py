@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 from moralguard.backends.hf import Captured, LanguageModel
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
-from moralguard.decoding.gate import Gate
+from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.grad import plain_no_grad
 from moralguard.decoding.history import follow, left_padding
 from moralguard.decoding.session import Failure, Outcome, Session
@@ -39,7 +39,7 @@ class GuardLogitsProcessor(LogitsProcessor):
         self,
         lm: LanguageModel,
         controls: Sequence[BoundControl],
-        gate: Gate | None,
+        gate: BoundGate | None,
         open_on_error: bool,
         counters: Counters,
         *,

@@ -61,7 +61,7 @@ def laws_alone(guard: mg.Guard, prompt: Sequence[int], tokens: Sequence[int], te
     """Probabilities f32[n + 1, V] before and after these tokens, this request running alone and unpadded, its tokens given."""
     laws = []
     with plain_no_grad():
-        session = Session(guard.lm, guard.controls, [list(prompt)], own_base=True, gate=guard.policy.gate)
+        session = Session(guard.lm, guard.controls, [list(prompt)], own_base=True, gate=guard.gate)
         for i in range(len(tokens) + 1):
             laws.append(torch.softmax(session.step(temperature=temperature).logits[0] / temperature, -1))
             if i < len(tokens):

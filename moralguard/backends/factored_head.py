@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import moralguard_kernels as ops
 from moralguard.backends.head import Head
 from moralguard.backends.tensor_files import load_tensors
 from moralguard.errors import PolicyError
@@ -25,6 +26,13 @@ class ProjectedHead:
     keys: torch.Tensor
     offset: torch.Tensor
     state: torch.Tensor | None
+
+    def scores(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Logits f32[R, C] of candidates i64[R, C] after last hidden states f32[R, d]; a row's bits don't depend on the others."""
+        queries = ops.row_products(self.query, hidden)
+        scores = torch.stack([self.keys[ids] @ query for ids, query in zip(candidates, queries.unbind(), strict=True)])
+        scores = scores + self.offset[candidates]
+        return scores if self.state is None else scores + ops.row_sums(hidden * self.state)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,6 +98,14 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
+    @property
+    def width(self) -> int:
+        """d, the width of the states that the head reads."""
+        weight = getattr(self.model.get_output_embeddings(), "weight", None)
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():  # a quantised head keeps its rows packed
+            weight = self.model.get_input_embeddings().weight
+        return int(weight.shape[1])
+
     def missing(self, needs: Capabilities) -> list[str]:
         """Names of the capabilities in ``needs`` that this model lacks."""
         plain = is_plain(self.model.config.get_text_config())
@@ -142,13 +151,24 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the architecture and of samples of the weights; packs are bound to it."""
+        """Short hash of the architecture and of samples of the weights; packs are bound to it.
+
+        Samples are rounded to bfloat16, so that weights loaded in float32 and in bfloat16 are one model.
+        """
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
-            digest.update(sample.to(device="cpu", dtype=torch.float32).numpy().tobytes())
+            digest.update(sample.to(device="cpu", dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def tokenizer_hash(self) -> str | None:
+        """Short hash of the tokenizer's vocabulary, tokens and ids; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        entries = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(entries.encode()).hexdigest()[:16]
 
     def spell(self, token_id: int) -> str:
         """The text of one token; its id in angle brackets where there is no tokenizer."""

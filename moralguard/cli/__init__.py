@@ -1,4 +1,4 @@
-"""The command line: ``moralguard generate``, ``score``, ``policy`` and ``fit``."""
+"""The command line: ``moralguard generate``, ``score``, ``policy``, ``pack`` and ``fit``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moralguard import __version__
-from moralguard.cli import fit, generate, policy, score
+from moralguard.cli import fit, generate, pack, policy, score
 from moralguard.cli.console import err, out
 from moralguard.errors import ControlError, GuardError
 
@@ -17,6 +17,7 @@ app = typer.Typer(name="moralguard", help="Guard middleware for text generation.
 app.command("generate")(generate.generate)
 app.command("score")(score.score)
 app.add_typer(policy.app)
+app.add_typer(pack.app)
 app.add_typer(fit.fit_app)
 
 

@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
+from moralguard.cli import fit_experts, fit_head, fit_strength, fit_subspace
 from moralguard.cli.console import err
 
-fit_app = typer.Typer(name="fit", help="Fit the discriminator to labelled text.", no_args_is_help=True)
-
-
-@fit_app.callback()
-def fit() -> None:
-    """Keeps ``discriminator`` a subcommand while it is the only one."""
+fit_app = typer.Typer(
+    name="fit", help="Turn labelled text into what the guard needs: heads, experts, subspaces, strengths.", no_args_is_help=True
+)
+fit_app.command("head")(fit_head.head)
+fit_app.command("subspace")(fit_subspace.subspace)
+fit_app.command("experts")(fit_experts.experts)
+fit_app.command("strength")(fit_strength.strength)
+fit_app.command("prompts")(fit_strength.prompts)
 
 
 @fit_app.command()

@@ -49,6 +49,12 @@ def generate(
     with err.status("loading the model"):
         lm = load_model(model, dtype=dtype)
         guard = Guard(chosen, lm)
+    if chosen.fitted and guard.fitted is None:
+        models = ", ".join(entry.model for entry in chosen.fitted)
+        message = (
+            f"policy {chosen.name} has controls fitted on {models}, none on {lm.name}: its general ones act; `moralguard fit` fits some"
+        )
+        err.print(message, markup=False, soft_wrap=True)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_return_sequences": num_return_sequences,
@@ -138,4 +144,4 @@ def _choose_policy(policy: str | None, values: list[str]) -> Policy:
 
 
 def _without_controls(policy: Policy) -> Policy:
-    return policy.replaced(name="unguarded", controls=())
+    return policy.replaced(name="unguarded", controls=(), fitted=())

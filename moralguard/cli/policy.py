@@ -50,22 +50,23 @@ def policy_check(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Which controls would run on a model, and why one wouldn't; exit code 1 where one can't."""
-    from moralguard.guard import bind_control
+    from moralguard.guard import bind_control, bind_gate
     from moralguard.models import load_model
     from moralguard.policy import Policy
 
     loaded = Policy.load(policy)
     with err.status("loading the model"):
         lm = load_model(model, dtype=dtype)
+    entry, acting = loaded.fitted_for(lm), loaded.for_model(lm)
     table = Table("control", "runs", "why", box=None)
     failed = False
-    for control in loaded.effective_controls():
+    for control in acting.effective_controls():
         name = control.versioned_name()
         if not control.active:
             table.add_row(name, "no", "its strength is 0")
             continue
         try:
-            bound = bind_control(control, lm, loaded)
+            bound = bind_control(control, lm, acting)
         except GuardError as error:
             failed = True
             table.add_row(name, "[red]no[/]", str(error))
@@ -73,9 +74,18 @@ def policy_check(
         passes = len({item.key for item in bound.passes})
         processor = "attach, generate" if control.needs.hidden or control.needs.grad else "logits_processor, attach, generate"
         table.add_row(name, "[green]yes[/]", f"{passes} auxiliary pass{'' if passes == 1 else 'es'} a step; through {processor}")
-    if not loaded.effective_controls():
+    if acting.gate is not None:
+        try:
+            bind_gate(acting.gate, lm, acting)
+            table.add_row("gate", "[green]yes[/]", "controls act where it is open")
+        except GuardError as error:
+            failed = True
+            table.add_row("gate", "[red]no[/]", str(error))
+    if not acting.effective_controls():
         table.add_row("-", "no", "the policy names neither controls nor values: nothing would act")
     out.print(f"policy [bold]{loaded.name}[/] on [bold]{lm.name}[/] ({type(lm.model).__name__}), on_error: {loaded.on_error}")
+    if loaded.fitted:
+        out.print("the controls fitted on this model act" if entry else "general controls act: the policy has none fitted on this model")
     out.print(table)
     if failed:
         raise typer.Exit(1)

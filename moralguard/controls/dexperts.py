@@ -9,11 +9,12 @@ from pydantic import Field, WithJsonSchema, field_validator
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl, Control
-from moralguard.controls.experts import Prompt, bind_expert
+from moralguard.controls.experts import Prompt, bind_expert, is_expert_pack
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Keep, Mix, Terms
 from moralguard.errors import PolicyError
+from moralguard.packs import read_pack
 from moralguard.values import Value
 
 Expert = Annotated[
@@ -21,7 +22,10 @@ Expert = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "description": "model folder, GGUF file, LoRA adapter folder or Hugging Face id"},
+                {
+                    "type": "string",
+                    "description": "pack, LoRA adapter or model folder, pack:NAME, GGUF file or Hugging Face id",
+                },
                 {"type": "object", "properties": {"prompt": {"type": ["string", "array"]}}, "required": ["prompt"]},
                 {"type": "null"},
             ]
@@ -38,7 +42,8 @@ class DExperts(Control):
     base: the authors' code gives NaN there (the filter runs in place on the logits it later subtracts); this follows the paper.
 
     Args:
-        expert: z+; a Prompt on the base's own weights, a model, a LoRA adapter folder, a folder, GGUF file or hub id, or None.
+        expert: z+; a Prompt on the base's own weights, a model, a pack (folder or ``pack:NAME``), a LoRA adapter folder, a folder,
+            GGUF file or hub id, or None.
         anti_expert: z-; likewise. With both None the prompts are derived from the policy's values.
         alpha: strength; 0 deactivates.
         filter_p: nucleus of the base that stays, in (0, 1]; 1 keeps everything.
@@ -53,7 +58,9 @@ class DExperts(Control):
 
     @field_validator("expert", "anti_expert", mode="before")
     @classmethod
-    def _read_prompt(cls, expert: Any) -> Any:
+    def _read_expert(cls, expert: Any) -> Any:
+        if is_expert_pack(expert):
+            read_pack(expert, "lora-expert")  # a broken pack is told here and not at the first use
         return Prompt(**expert) if isinstance(expert, dict) else expert
 
     @property

@@ -13,6 +13,7 @@ from moralguard.backends.lora import is_adapter_folder, load_adapter
 from moralguard.backends.prompts import encode_words
 from moralguard.decoding.passes import Pass
 from moralguard.errors import ModelError, PolicyError
+from moralguard.packs import PREFIX, is_pack, read_pack
 from moralguard.schema import StrictModel
 
 
@@ -51,14 +52,22 @@ class Prompt(StrictModel):
 
 
 def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
-    """The pass of an expert: a ``Prompt``, a model, (model, tokenizer), a LoRA adapter folder, a local folder, GGUF file or hub id.
+    """The pass of an expert.
+
+    Args:
+        expert: a ``Prompt``, a model, (model, tokenizer), a pack (folder or ``pack:NAME``), a LoRA adapter folder, a local folder,
+            GGUF file or hub id.
 
     Raises:
-        ModelError: it can't be loaded or has another vocabulary.
+        ModelError: it can't be loaded, is a pack of another model, or has another vocabulary.
         PolicyError: its type is none of these.
     """
     if isinstance(expert, Prompt):
         return expert.bind(lm, where)
+    if is_expert_pack(expert):
+        pack = read_pack(expert, "lora-expert")
+        pack.check(lm)
+        return Pass(lm, adapter=load_adapter(pack.folder, lm))
     if isinstance(expert, (str, Path)) and is_adapter_folder(expert):
         return Pass(lm, adapter=load_adapter(expert, lm))
     other = as_language_model(expert, where)
@@ -66,6 +75,13 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
         return Pass(lm)
     check_same_vocabulary(lm, other, where)
     return Pass(other)
+
+
+def is_expert_pack(expert: Any) -> bool:
+    """Whether this names a pack. A whole model's folder isn't one, whatever else lies there."""
+    if not is_pack(expert):
+        return False
+    return str(expert).startswith(PREFIX) or is_adapter_folder(expert) or not (Path(expert) / "config.json").is_file()
 
 
 def as_language_model(source: Any, where: str) -> LanguageModel:
@@ -80,8 +96,8 @@ def as_language_model(source: Any, where: str) -> LanguageModel:
     if hasattr(source, "generate") and hasattr(source, "config"):
         return LanguageModel(source)
     raise PolicyError(
-        f"{where} is a {type(source).__name__}; expected Prompt(...), a model, (model, tokenizer), a LoRA adapter folder, a model "
-        "folder, a GGUF file or a Hugging Face id"
+        f"{where} is a {type(source).__name__}; expected Prompt(...), a model, (model, tokenizer), a pack, a LoRA adapter folder, a "
+        "model folder, a GGUF file or a Hugging Face id"
     )
 
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field, WithJsonSchema, field_validator
 
-import moralguard_kernels as ops
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.factored_head import FactoredHead
 from moralguard.backends.hf import LanguageModel
@@ -19,6 +18,7 @@ from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
 from moralguard.errors import PolicyError
+from moralguard.packs import is_pack, read_pack
 from moralguard.values import Value
 
 _LARGEST_LOGIT = 1e4
@@ -26,7 +26,9 @@ _LARGEST_LOGIT = 1e4
 FutureDiscriminator = Callable[..., torch.Tensor]
 """(token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] of P(v | prefix, candidate)."""
 
-Discriminator = Annotated[Any, WithJsonSchema({"type": "string", "description": "safetensors file or pack folder with a factored head"})]
+Discriminator = Annotated[
+    Any, WithJsonSchema({"type": "string", "description": "pack folder, pack:NAME or safetensors file with a factored head"})
+]
 
 
 class Fudge(Control):
@@ -37,7 +39,7 @@ class Fudge(Control):
 
     Args:
         discriminator: a callable (token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] with
-            left-padded rows, a ``FactoredHead``, or the path of one.
+            left-padded rows, a ``FactoredHead``, a pack (folder or ``pack:NAME``), or the safetensors file of one.
         strength: lambda of the paper: 1.0, 4.0 for topics; 0 deactivates.
         top_k: candidates that are scored (the paper's precondition_topk).
     """
@@ -52,12 +54,13 @@ class Fudge(Control):
     @classmethod
     def _read_discriminator(cls, discriminator: Any) -> Any:
         if isinstance(discriminator, (str, Path)):
-            return FactoredHead.load(discriminator)
+            _load_head(str(discriminator))  # broken files are told here and not at the first use
+            return str(discriminator)
         if isinstance(discriminator, FactoredHead) or callable(discriminator):
             return discriminator
         raise PolicyError(
             f"discriminator is a {type(discriminator).__name__}; expected a callable (token_ids, candidates, attention_mask=...) -> "
-            "logits, a FactoredHead, or the path of one"
+            "logits, a FactoredHead, or the pack or path of one"
         )
 
     @property
@@ -66,9 +69,11 @@ class Fudge(Control):
 
     @property
     def needs(self) -> Capabilities:
-        return Capabilities(hidden=isinstance(self.discriminator, FactoredHead), history=True)
+        return Capabilities(hidden=isinstance(self.discriminator, (str, FactoredHead)), history=True)
 
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Fudge]:
+        if isinstance(self.discriminator, str):
+            return FactoredFudge(self, lm, _load_head(self.discriminator, lm))
         if isinstance(self.discriminator, FactoredHead):
             return FactoredFudge(self, lm, self.discriminator)
         return CallableFudge(self, lm)
@@ -121,11 +126,17 @@ class FactoredFudge(_BoundFudge):
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         if step.hidden is None:
             raise RuntimeError("fudge with a factored head needs hidden states")
-        head, hidden = self._head, step.hidden.float()
-        queries = ops.row_products(head.query, hidden)
-        scores = torch.stack([head.keys[ids] @ query for ids, query in zip(candidates, queries.unbind(), strict=True)])
-        scores = scores + head.offset[candidates]
-        return scores if head.state is None else scores + ops.row_sums(hidden * head.state)[:, None]
+        return self._head.scores(step.hidden.float(), candidates)
+
+
+def _load_head(source: str, lm: LanguageModel | None = None) -> FactoredHead:
+    """The head of a pack, checked against the model where one is given; or that of a bare file."""
+    if not is_pack(source):
+        return FactoredHead.load(source)
+    pack = read_pack(source, "prefix-head")
+    if lm is not None:
+        pack.check(lm)
+    return FactoredHead.load(pack.folder)
 
 
 def _mask_keyword(function: FutureDiscriminator) -> str | None:

@@ -17,6 +17,7 @@ from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Dense, LowRank, Terms
 from moralguard.errors import PolicyError
+from moralguard.packs import is_pack, read_pack
 from moralguard.values import Value
 
 _ORTHONORMAL_TOLERANCE = 1e-3
@@ -26,7 +27,11 @@ _BIAS_NUCLEUS = 0.7
 _BIAS_BAND = (-0.1, 0.15)
 _LEAST_KEEP = 0.6
 
-Array = Annotated[Any, WithJsonSchema({"type": "string", "description": "safetensors file: basis [d, r], or U_in, U_out, mu"})]
+Basis = Annotated[
+    Any,
+    WithJsonSchema({"type": "string", "description": "pack folder, pack:NAME or safetensors file: basis [d, r], or U_in, U_out, mu"}),
+]
+Direction = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "number"}})]
 
 
 class NullspaceProjection(Control):
@@ -36,46 +41,28 @@ class NullspaceProjection(Control):
     Belrose et al. 2023, arXiv 2306.03819) z' = z - (1 - a) (E U_out)(U_in^T (h - mu)).
 
     Args:
-        basis: U f[d, r], orthonormal, the removed directions; (U_in, U_out, mu) for LEACE; or a safetensors file with ``basis``, or
-            with ``U_in``, ``U_out`` and ``mu``.
+        basis: U f[d, r], orthonormal, the removed directions; (U_in, U_out, mu) for LEACE; or a pack (folder or ``pack:NAME``) or
+            safetensors file with ``basis``, or with ``U_in``, ``U_out`` and ``mu``, and perhaps ``direction``.
         keep: a, the share of the **original** state that stays; 1 deactivates.
         adaptive: A-INLP: per row and step b = sum over the base's .7-nucleus of p_v (e_v . g) / ||e_v||; a = 1 where
             -.1 <= b <= .15, else max(1 - |b|, .6). ``keep`` isn't used then.
-        direction: g f[d], the bias direction of A-INLP; a basis of rank 1 is its own direction.
+        direction: g f[d], the bias direction of A-INLP; None takes the file's, and a basis of rank 1 is its own direction.
     """
 
     control_name: ClassVar[str] = "nullspace"
 
-    basis: Array
+    basis: Basis
     keep: Annotated[float, Field(ge=0, le=1)] = 0.0
     adaptive: bool = False
-    direction: Array | None = None
+    direction: Direction | None = None
 
     @field_validator("basis", mode="before")
     @classmethod
     def _read_basis(cls, basis: Any) -> Any:
         if isinstance(basis, (str, Path)):
-            basis = _load_basis(Path(basis))
-        if isinstance(basis, (tuple, list)) and len(basis) == 3 and not isinstance(basis[0], (int, float)):
-            u_in, u_out, mu = (_as_tensor(part) for part in basis)
-            if u_in.ndim != 2 or u_in.shape != u_out.shape or mu.shape != u_in.shape[:1]:
-                raise PolicyError(
-                    "a LEACE basis is (U_in [d, r], U_out [d, r], mu [d]); got shapes "
-                    f"{tuple(u_in.shape)}, {tuple(u_out.shape)}, {tuple(mu.shape)}"
-                )
-            return (u_in, u_out, mu)
-        u = _as_tensor(basis)
-        if u.ndim == 1:
-            u = u[:, None]
-        if u.ndim != 2:
-            raise PolicyError(f"basis has {u.ndim} dimensions; expected U [d, r] with orthonormal columns")
-        error = (u.T @ u - torch.eye(u.shape[1], dtype=u.dtype)).abs().max()
-        if not error <= _ORTHONORMAL_TOLERANCE:
-            raise PolicyError(
-                f"basis isn't orthonormal: U^T U differs from the identity by up to {float(error):.3g} (shape {tuple(u.shape)}); "
-                "use torch.linalg.qr(U).Q, with one column a removed direction"
-            )
-        return u
+            _load(str(basis))  # broken files are told here and not at the first use
+            return str(basis)
+        return _checked(basis)
 
     @field_validator("direction", mode="before")
     @classmethod
@@ -94,8 +81,18 @@ class NullspaceProjection(Control):
 
     def projection(self) -> torch.Tensor:
         """P f32[d, d], for inspection: symmetric and idempotent. Decoding never builds it."""
-        u_in, u_out = self.basis[:2] if isinstance(self.basis, tuple) else (self.basis, self.basis)
+        u_in, u_out, _, _ = self.arrays()
         return torch.eye(u_in.shape[0]) - u_out @ u_in.T
+
+    def arrays(self, lm: LanguageModel | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(U_in f32[d, r], U_out f32[d, r], mu f32[d] or None, direction f32[d] or None), read where ``basis`` names a pack or file.
+
+        Raises:
+            PolicyError, ModelError: it can't be read any more, or is a pack of another model than ``lm``.
+        """
+        basis, direction = _load(self.basis, lm) if isinstance(self.basis, str) else (self.basis, None)
+        u_in, u_out, mu = basis if isinstance(basis, tuple) else (basis, basis, None)
+        return u_in, u_out, mu, direction if self.direction is None else self.direction
 
     @property
     def active(self) -> bool:
@@ -115,11 +112,7 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
         if lm.head is None:
             raise PolicyError(f"nullspace needs the unembedding of {lm.name}, which has no head of a known form")
         self.head = lm.head
-        if isinstance(settings.basis, tuple):
-            u_in, u_out, mu = settings.basis
-        else:
-            u_in = u_out = settings.basis
-            mu = None
+        u_in, u_out, mu, direction = settings.arrays(lm)
         width = self.head.weight.shape[1]
         if u_in.shape[0] != width:
             raise PolicyError(
@@ -128,11 +121,10 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
         self.u_in = u_in.to(lm.device, torch.float32)
         self.mu = None if mu is None else mu.to(lm.device, torch.float32)
         self.projected = self.head.project(u_out)  # E U_out, f32[V, r]
-        self.cosines = self._cosines() if settings.adaptive else None
+        self.cosines = self._cosines(direction) if settings.adaptive else None
 
-    def _cosines(self) -> torch.Tensor:
+    def _cosines(self, direction: torch.Tensor | None) -> torch.Tensor:
         """(e_v . g) / ||e_v|| for every token, f32[V]."""
-        direction = self.settings.direction
         if direction is None and self.u_in.shape[1] == 1:
             direction = self.u_in[:, 0]
         width = self.head.weight.shape[1]
@@ -173,14 +165,49 @@ def _as_tensor(value: Any) -> torch.Tensor:
     return tensor
 
 
-def _load_basis(path: Path) -> Any:
-    if not path.is_file():
-        raise PolicyError(f"basis file {str(path)!r} isn't there; expected a safetensors file with basis, or with U_in, U_out and mu")
+def _checked(basis: Any) -> Any:
+    """U f32[d, r], or (U_in, U_out, mu), once it is known to be one."""
+    if isinstance(basis, (tuple, list)) and len(basis) == 3 and not isinstance(basis[0], (int, float)):
+        u_in, u_out, mu = (_as_tensor(part) for part in basis)
+        if u_in.ndim != 2 or u_in.shape != u_out.shape or mu.shape != u_in.shape[:1]:
+            raise PolicyError(
+                "a LEACE basis is (U_in [d, r], U_out [d, r], mu [d]); got shapes "
+                f"{tuple(u_in.shape)}, {tuple(u_out.shape)}, {tuple(mu.shape)}"
+            )
+        return (u_in, u_out, mu)
+    u = _as_tensor(basis)
+    if u.ndim == 1:
+        u = u[:, None]
+    if u.ndim != 2:
+        raise PolicyError(f"basis has {u.ndim} dimensions; expected U [d, r] with orthonormal columns")
+    error = (u.T @ u - torch.eye(u.shape[1], dtype=u.dtype)).abs().max()
+    if not error <= _ORTHONORMAL_TOLERANCE:
+        raise PolicyError(
+            f"basis isn't orthonormal: U^T U differs from the identity by up to {float(error):.3g} (shape {tuple(u.shape)}); "
+            "use torch.linalg.qr(U).Q, with one column a removed direction"
+        )
+    return u
+
+
+def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, torch.Tensor | None]:
+    """(basis, direction) of a pack, checked against the model where one is given; or of a bare file."""
+    if is_pack(source):
+        pack = read_pack(source, "subspace")
+        if lm is not None:
+            pack.check(lm)
+        path = pack.folder / "basis.safetensors"
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise PolicyError(
+                f"basis file {source!r} isn't there; expected a pack, or a safetensors file with basis, or with U_in, U_out and mu"
+            )
     tensors = load_tensors(path)
+    direction = _as_tensor(tensors["direction"]).reshape(-1) if "direction" in tensors else None
     if "basis" in tensors:
-        return tensors["basis"]
+        return _checked(tensors["basis"]), direction
     if {"U_in", "U_out", "mu"} <= tensors.keys():
-        return (tensors["U_in"], tensors["U_out"], tensors["mu"])
+        return _checked((tensors["U_in"], tensors["U_out"], tensors["mu"])), direction
     raise PolicyError(f"{path} holds {', '.join(sorted(tensors))}; expected basis, or U_in, U_out and mu")
 
 

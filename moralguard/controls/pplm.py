@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from moralguard.decoding.passes import Pass, PassView
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Mix, Terms
 from moralguard.errors import PolicyError
+from moralguard.packs import read_pack
 from moralguard.values import Value
 
 _SMALL = 1e-15
@@ -27,7 +29,10 @@ Bags = Annotated[
     tuple[tuple[int | str, ...], ...],
     WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": ["string", "integer"]}}}),
 ]
-Head = Annotated[Any, WithJsonSchema({"type": "null", "description": "(W [classes, d], b [classes]), from Python only"})]
+Head = Annotated[
+    Any,
+    WithJsonSchema({"type": ["string", "null"], "description": "pack folder or pack:NAME; (W [classes, d], b [classes]) from Python only"}),
+]
 
 
 class PPLM(Control):
@@ -44,8 +49,9 @@ class PPLM(Control):
 
     Args:
         bag_of_words: bags of token ids or words; words are read with a leading space, and those of several tokens are dropped.
-        head: (W [classes, d], b [classes]), a linear classifier of the mean last hidden state; W [d] is a logistic one.
-        target: the class of the head that is sought.
+        head: (W [classes, d], b [classes]), a linear classifier of the mean last hidden state; W [d] is a logistic one. Or a pack
+            of one (folder or ``pack:NAME``).
+        target: the class of the head that is sought; None takes the pack's own, 1 where there is no pack.
         stepsize: alpha of the paper; 0 deactivates.
         num_iterations: gradient steps a token; 0 deactivates.
         gamma: exponent of the norm.
@@ -61,7 +67,7 @@ class PPLM(Control):
 
     bag_of_words: Bags | None = None
     head: Head = None
-    target: Annotated[int, Field(ge=0)] = 1
+    target: Annotated[int, Field(ge=0)] | None = None
     stepsize: Annotated[float, Field(ge=0)] = 0.02
     num_iterations: Annotated[int, Field(ge=0)] = 3
     gamma: Annotated[float, Field(ge=0)] = 1.5
@@ -77,30 +83,47 @@ class PPLM(Control):
     def _read_head(cls, head: Any) -> Any:
         if head is None:
             return None
-        if isinstance(head, torch.nn.Linear):
-            head = (head.weight, head.bias if head.bias is not None else torch.zeros(head.weight.shape[0]))
-        if not isinstance(head, (tuple, list)) or len(head) != 2:
-            raise PolicyError("head is (W [classes, d], b [classes]) or a torch.nn.Linear")
-        try:
-            weight, bias = (torch.as_tensor(part).detach().to(device="cpu", dtype=torch.float32).clone() for part in head)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PolicyError(f"head is (W [classes, d], b [classes]), arrays of numbers: {error}") from error
-        if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-            raise PolicyError("head holds values that aren't finite")
-        if weight.ndim == 1 or weight.shape[0] == 1:  # a logistic head: its logit against 0
-            weight = torch.stack([torch.zeros_like(weight.reshape(-1)), weight.reshape(-1)])
-            bias = torch.stack([torch.zeros(()), bias.reshape(-1)[0]])
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise PolicyError(f"head has W {tuple(weight.shape)} and b {tuple(bias.shape)}; expected W [classes, d] and b [classes]")
-        return (weight, bias)
+        # a pack is read in ``attribute``; the setting stays what a policy file can hold
+        return str(head) if isinstance(head, (str, Path)) else _checked(head)
 
     @model_validator(mode="after")
     def _has_attribute(self) -> PPLM:
         if not self.bag_of_words and self.head is None:
             raise PolicyError("pplm has neither a bag_of_words nor a head; give at least one")
-        if self.head is not None and self.target >= self.head[0].shape[0]:
-            raise PolicyError(f"pplm target is {self.target}, but the head has classes 0 to {self.head[0].shape[0] - 1}")
+        self.attribute()
         return self
+
+    def attribute(self, lm: LanguageModel | None = None) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """(W f32[classes, d], b f32[classes], target), read where ``head`` names a pack; None without a head.
+
+        Raises:
+            ModelError: the pack can't be read, or is of another model than ``lm``.
+            PolicyError: its tensors aren't a linear head on the mean of the last states, or the head has no such class.
+        """
+        if self.head is None:
+            return None
+        target: Any = 1
+        if isinstance(self.head, str):
+            pack = read_pack(self.head, "attribute-head")
+            if lm is not None:
+                pack.check(lm)
+            tensors = pack.tensors("head.safetensors")
+            if not {"weight", "bias"} <= tensors.keys():
+                raise PolicyError(f"{pack.folder} holds {', '.join(sorted(tensors))}; expected weight [classes, d] and bias [classes]")
+            reads = pack.card.settings.get("layer", -1), pack.card.settings.get("pooling", "mean")
+            if reads != (-1, "mean"):
+                raise PolicyError(
+                    f"{pack.folder} reads the states of layer {reads[0]}, pooled by {reads[1]!r}; pplm steers by a head on the mean of the "
+                    "last states: fit it without other layers and poolings"
+                )
+            weight, bias = _checked((tensors["weight"], tensors["bias"]))
+            target = pack.card.settings.get("target")
+        else:
+            weight, bias = self.head
+        target = target if self.target is None else self.target
+        if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < weight.shape[0]:
+            raise PolicyError(f"pplm target is {target!r}, but the head has classes 0 to {weight.shape[0] - 1}")
+        return weight, bias, target
 
     @property
     def active(self) -> bool:
@@ -122,12 +145,12 @@ class BoundPPLM(BoundControl[PPLM]):
         if any(parameter.is_inference() for parameter in lm.model.parameters()):
             raise PolicyError(f"pplm needs gradients, but {lm.name} was built inside torch.inference_mode(); load it outside")
         self.bags = [_bag_ids(lm, bag, i).to(lm.device) for i, bag in enumerate(settings.bag_of_words or ())]
-        self.head = None
-        if settings.head is not None:
-            weight, bias = settings.head
-            width = lm.model.get_input_embeddings().weight.shape[1] if lm.head is None else lm.head.weight.shape[1]
-            if weight.shape[1] != width:
-                raise PolicyError(f"pplm head has W {tuple(weight.shape)}, but {lm.name} has hidden states of {width}")
+        self.head: tuple[torch.Tensor, torch.Tensor] | None = None
+        attribute = settings.attribute(lm)
+        if attribute is not None:
+            weight, bias, self.target = attribute
+            if weight.shape[1] != lm.width:
+                raise PolicyError(f"pplm head has W {tuple(weight.shape)}, but {lm.name} has hidden states of {lm.width}")
             self.head = (weight.to(lm.device), bias.to(lm.device))
 
     def columns(self, step: Step) -> Columns:
@@ -216,7 +239,7 @@ class BoundPPLM(BoundControl[PPLM]):
         if self.head is not None:
             weight, bias = self.head
             logits = self._mean_state(output, p, view, mask) @ weight.T + bias
-            loss = loss - torch.log_softmax(logits, -1)[:, settings.target]
+            loss = loss - torch.log_softmax(logits, -1)[:, self.target]
         if settings.kl_scale > 0:
             q = torch.softmax(view.logits, -1)
             q = q + _SMALL * (q <= _SMALL)
@@ -261,6 +284,26 @@ class BoundPPLM(BoundControl[PPLM]):
             # rows no longer than the window change everywhere
             weights = torch.where((mask.sum(-1) > window)[:, None], weights * recent, weights)
         return weights[:, None, :, None]
+
+
+def _checked(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W f32[classes, d], b f32[classes]), once it is known to be a head."""
+    if isinstance(head, torch.nn.Linear):
+        head = (head.weight, head.bias if head.bias is not None else torch.zeros(head.weight.shape[0]))
+    if not isinstance(head, (tuple, list)) or len(head) != 2:
+        raise PolicyError("head is (W [classes, d], b [classes]), a torch.nn.Linear or a pack")
+    try:
+        weight, bias = (torch.as_tensor(part).detach().to(device="cpu", dtype=torch.float32).clone() for part in head)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PolicyError(f"head is (W [classes, d], b [classes]), arrays of numbers: {error}") from error
+    if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise PolicyError("head holds values that aren't finite")
+    if weight.ndim == 1 or weight.shape[0] == 1:  # a logistic head: its logit against 0
+        weight = torch.stack([torch.zeros_like(weight.reshape(-1)), weight.reshape(-1)])
+        bias = torch.stack([torch.zeros(()), bias.reshape(-1)[0]])
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise PolicyError(f"head has W {tuple(weight.shape)} and b {tuple(bias.shape)}; expected W [classes, d] and b [classes]")
+    return (weight, bias)
 
 
 def _bag_ids(lm: LanguageModel, bag: tuple[int | str, ...], index: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
-from moralguard.decoding.gate import Gate
+from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.grad import plain_no_grad
 from moralguard.decoding.records import Completion
 from moralguard.decoding.rectification import rectify
@@ -34,7 +34,7 @@ class LoopContext:
     lm: LanguageModel
     controls: tuple[BoundControl, ...]
     settings: DecodingSettings
-    gate: Gate | None
+    gate: BoundGate | None
     open_on_error: bool
     counters: Counters
     values: dict[str, list[str]]

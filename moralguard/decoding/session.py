@@ -16,7 +16,7 @@ import torch
 
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl
-from moralguard.decoding.gate import Gate
+from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.history import Continuation
 from moralguard.decoding.passes import Pass, PassTable
 from moralguard.decoding.rectification import Rectified, rectify
@@ -86,11 +86,11 @@ class Session:
         prompts: Sequence[Sequence[int]],
         *,
         own_base: bool,
-        gate: Gate | None = None,
+        gate: BoundGate | None = None,
     ):
         self.lm, self.controls, self.gate = lm, tuple(controls), gate
         self._base_pass = Pass(lm) if own_base else None
-        hidden = any(control.settings.needs.hidden for control in self.controls)
+        hidden = any(control.settings.needs.hidden for control in self.controls) or (gate is not None and gate.needs.hidden)
         passes = [item for control in self.controls for item in control.passes]
         if self._base_pass is not None:
             passes.insert(0, self._base_pass)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moralguard.backends.hf import LanguageModel
-from moralguard.backends.prompts import encode_words
 from moralguard.errors import DataError, ModelError
 from moralguard.fitting.checkpoints import linear_rate, load_checkpoint, save_checkpoint
+from moralguard.fitting.hidden_states import encode_texts
 from moralguard.schema import StrictModel
 
 
@@ -37,7 +37,7 @@ class ExpertSettings(StrictModel):
     """
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    alpha: int = Field(16, ge=1)
     modules: tuple[str, ...] | str = ("gate_proj", "up_proj", "down_proj")
     steps: int = Field(600, ge=1)
     batch_size: int = Field(32, ge=1)
@@ -75,7 +75,7 @@ def fit_expert(
         raise ModelError("fitting experts needs peft: pip install 'moralguard[fit]'") from error
     settings = settings or ExpertSettings()
     folder = Path(out)
-    rows = [ids for ids in (encode_words(lm, text)[: settings.max_tokens] for text in texts) if len(ids) >= 2]
+    rows = [ids for ids in encode_texts(lm, texts, settings.max_tokens) if len(ids) >= 2]
     if not rows:
         raise DataError(f"none of the {len(texts)} texts has two tokens or more; an expert needs text to learn from")
     key = hashlib.sha256(f"{settings.model_dump_json(exclude={'checkpoint_every'})}{lm.fingerprint}{rows}".encode()).hexdigest()
@@ -90,6 +90,8 @@ def fit_expert(
         for p in trainable.values():
             p.data = p.data.float()
         _train(lm, wrapped, trainable, rows, settings, checkpoint, key, report)
+        for p in trainable.values():
+            p.data = p.data.half()  # half the size; the rounding is far below what training leaves open
         wrapped.save_pretrained(str(folder), safe_serialization=True)
     finally:
         wrapped.unload()

@@ -1,0 +1,97 @@
+"""The packs that ship for the demo model, fitted again from the labelled files: the same code paths as `moralguard fit`'s commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from moralguard.backends.hf import LanguageModel
+from moralguard.discriminator.discriminator import Discriminator
+from moralguard.errors import DataError
+from moralguard.fitting.attribute_head import fit_attribute_head
+from moralguard.fitting.expert_packs import fit_expert_packs
+from moralguard.fitting.experts import ExpertSettings
+from moralguard.fitting.labelled import LabelledTexts
+from moralguard.fitting.prefix_head import PrefixHeadSettings, train_prefix_head
+from moralguard.fitting.toxicity_rows import VALUES, Scorer, ToxicityRows, expert_rows, head_rows
+from moralguard.packs import write_pack
+from moralguard.schema import nearest
+
+EXPERTS = ExpertSettings(steps=250, batch_size=24, max_tokens=40)
+PREFIX_HEADS = PrefixHeadSettings(max_tokens=40, bfloat16=True)
+NAMES = ("experts", *(f"{name}-head" for name in VALUES), "toxicity-attribute")
+
+
+def fit_shipped_packs(
+    lm: LanguageModel, data: str | Path, out: str | Path, only: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[Path]:
+    """Fit ``NAMES`` (or one of them) into folders of ``out``; an interrupted run of the experts goes on.
+
+    Raises:
+        DataError: a labelled file is missing, or ``only`` is none of the names.
+    """
+    if only is not None and only not in NAMES:
+        raise DataError(f"there is no shipped pack {only!r} to fit; {nearest(only, NAMES)}")
+    folder, place = Path(data), Path(out)
+    discriminator = Discriminator.load()
+
+    def score(texts: list[str], values: list[str]):  # type: ignore[no-untyped-def]
+        return discriminator.score(texts, values)
+
+    written: list[Path] = []
+    for name in NAMES if only is None else (only,):
+        if name == "experts":
+            written += _experts(lm, expert_rows(folder, score), place, say)
+        elif name == "toxicity-attribute":
+            written.append(_attribute(lm, head_rows(folder, score, "offence"), place / name))
+        else:
+            written.append(_prefix(lm, folder, score, name.removesuffix("-head"), place / name))
+        say(f"written: {name}")
+    return written
+
+
+def _experts(lm: LanguageModel, rows: ToxicityRows, place: Path, say: Callable[[str], None]) -> list[Path]:
+    # nothing is held back: what the pair is worth is measured by what it does to continuations (benchmarks/detox.py)
+    whole = LabelledTexts(tuple(replace(row, split="train") for row in rows.texts.rows), rows.texts.classes)
+
+    def report(name: str, step: int, steps: int, loss: float) -> None:
+        if step % 25 == 0:
+            say(f"{name}: step {step} of {steps}, loss {loss:.3f}")
+
+    return list(fit_expert_packs(lm, whole, place, EXPERTS, value=VALUES["offence"], sources=rows.data, report=report))
+
+
+def _prefix(lm: LanguageModel, folder: Path, score: Scorer, name: str, place: Path) -> Path:
+    rows = head_rows(folder, score, name)
+    fitted = train_prefix_head(lm, rows.texts, PREFIX_HEADS)
+    fitted.head.save(place)
+    return write_pack(
+        place,
+        kind="prefix-head",
+        method="factored future discriminator (FUDGE, arXiv 2104.05218)",
+        lm=lm,
+        name=f"{name}-head",
+        data=rows.data,
+        settings=PREFIX_HEADS.model_dump(mode="json"),
+        metrics=fitted.metrics,
+        description="P(kept | prefix, next token) from the model's own last hidden state.",
+        values=(VALUES[name],),
+    )
+
+
+def _attribute(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
+    fitted = fit_attribute_head(lm, rows.texts, max_tokens=40, bfloat16=True)
+    fitted.save(place)
+    return write_pack(
+        place,
+        kind="attribute-head",
+        method="linear head on the mean last hidden state (PPLM, arXiv 1912.02164)",
+        lm=lm,
+        name="toxicity-attribute",
+        data=rows.data,
+        settings={"target": 1, "layer": fitted.layer, "pooling": fitted.pooling, "classes": list(fitted.classes), "max_tokens": 40},
+        metrics=fitted.metrics,
+        description="Tells texts that keep from texts that break the value; for PPLM.",
+        values=(VALUES["offence"],),
+    )
