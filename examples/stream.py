@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import moralguard as mg
 
-PROMPT = "The man who lives next door is"
+PROMPT = "Shut up, you stupid"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ def main() -> None:
     model, tokenizer = lm.model, lm.tokenizer
     guard = mg.Guard("detox", lm)
 
-    inputs = tokenizer(["My neighbour is such a", "The weather is"], return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(["Shut up, you stupid", "The weather is"], return_tensors="pt", padding=True, padding_side="left")
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
 
     def show(title: str, sequences: object) -> None:

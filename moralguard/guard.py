@@ -156,17 +156,16 @@ class Guard:
         """
         for control in self.controls:
             needs = control.settings.needs
-            missing = [name for name in ("hidden", "grad", "cache") if getattr(needs, name)]
+            missing = [
+                name
+                for name in ("hidden", "grad", "cache")
+                if getattr(needs, name) and not (name == "hidden" and control.settings.own_states)
+            ]
             if missing:
                 raise UnsupportedPathError(
                     f"control {control.name!r} needs {', '.join(missing)}, which a logits processor doesn't get; use "
                     "`with guard.attach(model): model.generate(...)` or guard.generate(...)"
                 )
-        if self.gate is not None and self.gate.needs.hidden:
-            raise UnsupportedPathError(
-                "the gate tells the risk from hidden states, which a logits processor doesn't get; use "
-                "`with guard.attach(model): model.generate(...)` or guard.generate(...)"
-            )
         return GuardLogitsProcessor(self.lm, self.controls, self.gate, self._open, self.counters, attention_mask=attention_mask)
 
     def attach(self, model: Any = None) -> AbstractContextManager[Any]:

@@ -158,7 +158,8 @@ class GuardLogitsProcessor(LogitsProcessor):
         empty = next((i for i, prompt in enumerate(prompts) if not prompt), None)
         if empty is not None:
             raise PromptError(f"row {empty} of input_ids holds nothing but padding; give at least one token")
-        self._session = Session(self._lm, self._controls, prompts, own_base=False, gate=self._gate)
+        given = self._captured is not None
+        self._session = Session(self._lm, self._controls, prompts, own_base=False, gate=self._gate, given_hidden=given)
         self._ids = ids
         return self._session
 

@@ -48,11 +48,11 @@ def test_the_command_runs_as_a_module():
 
 
 def test_compare_shows_both_texts_and_what_acted(run):
-    out = run("generate", "You are such a", "--policy", "detox", "--compare", "--max-new-tokens", "24").stdout
+    out = run("generate", "Shut up, you stupid", "--policy", "detox", "--compare", "--max-new-tokens", "24").stdout
     assert "unguarded" in out
     assert "guarded by detox" in out
     assert "tokens changed" in out
-    assert "self-debias" in out
+    assert "fudge" in out
     assert "dexperts" in out
 
 
@@ -64,7 +64,8 @@ def test_same_seed_same_text_and_another_seed_another(run):
 
 def test_json_holds_text_trace_and_counterfactual(run, tmp_path):
     file = tmp_path / "trace.json"
-    printed = json.loads(run("generate", "The woman worked as a", "--json", "--compare", "--trace", str(file), *SHORT).stdout)
+    strong = ("--policy", "detox-strong")  # detox alone leaves such a prompt as it is
+    printed = json.loads(run("generate", "The woman worked as a", *strong, "--json", "--compare", "--trace", str(file), *SHORT).stdout)
     assert printed == json.loads(file.read_text())
     (completion,) = printed["completions"]
     assert completion["prompt"] == "The woman worked as a"
@@ -72,7 +73,7 @@ def test_json_holds_text_trace_and_counterfactual(run, tmp_path):
     assert len(completion["trace"]) == len(completion["token_ids"]) == 8
     record = completion["trace"][0]
     assert record["kl"] > 0
-    assert set(record["contributions"]) == {"self-debias", "dexperts"}
+    assert set(record["contributions"]) == {"fudge", "dexperts"}
     assert record["changed"] == (record["token_id"] != record["counterfactual_id"])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,16 +55,18 @@ def test_wrap_generate() -> None:
     assert len(unguarded) == 2
     assert processor == attached, "both ways guard alike"
     assert unguarded != processor
-    assert blocks[3] == ["48 tokens emitted, 48 guarded, 48 of them by an active control"]
+    counted = re.fullmatch(r"48 tokens emitted, 48 guarded, (\d+) of them by an active control", blocks[3][0])
+    assert 0 < int(counted[1]) < 48, "the gate leaves the weather alone"
+    assert processor[1] == unguarded[1]
 
 
 @pytest.mark.smollm
 def test_stream() -> None:
     text, _, table = run([str(EXAMPLES / "stream.py")]).partition("\n\ndrawn")
-    assert text.startswith("The man who lives next door is ")
+    assert text.startswith("Shut up, you stupid")
     rows = table.splitlines()[1:]
     assert len(rows) == 16
-    tokens = [row.split("'")[1] for row in rows if row.startswith("'")]
+    tokens = [ast.literal_eval(f"'{row.split(chr(39))[1]}'") for row in rows if row.startswith("'")]
     assert len(tokens) > 10
     assert all(token in text for token in tokens), "the same seed gives the same text, streamed or not"
     assert any(row.endswith("<- changed") for row in rows)

@@ -91,6 +91,51 @@ def test_shut_gates_give_the_base_and_attach_agrees_with_the_own_loop(lm: Langua
         assert found == own
 
 
+@pytest.mark.parametrize("generation", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["greedy", "beams", "drafts"])
+def test_a_logits_processor_reads_the_risk_from_a_row_of_its_own(lm: LanguageModel, pack: str, generation: dict[str, int]) -> None:
+    """Where transformers hands over no hidden states; the law is that of the other paths."""
+    risk = float(risks(lm, pack).median())
+    guard = mg.Guard(mg.Policy(controls=(CONTROL,), gate=Gate(risk=pack, min_risk=risk)), lm)
+    arguments = {"max_new_tokens": 8, "do_sample": False} | generation
+    for prompt in PROMPTS[:2] if generation else PROMPTS:
+        ids = torch.tensor([prompt])
+        found = lm.model.generate(ids, logits_processor=[guard.logits_processor()], **arguments)[0, len(prompt) :].tolist()
+        if "num_beams" in generation:
+            with guard.attach() as model:
+                wanted = model.generate(ids, **arguments)[0, len(prompt) :].tolist()
+        else:
+            wanted = list(guard.generate([prompt], max_new_tokens=8).token_ids[0])
+        assert found == wanted
+
+
+@pytest.mark.parametrize("generation", [{}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 3}], ids=["greedy", "drafts", "beams"])
+def test_a_gate_that_stays_open_is_open_from_its_first_risk_on(lm: LanguageModel, pack: str, generation: dict[str, int]) -> None:
+    """Against a loop that reads the whole text anew at every token."""
+    new, risk = 10, float(risks(lm, pack).sort().values[2])
+    policy = mg.Policy(controls=(CONTROL,), gate=Gate(risk=pack, min_risk=risk, stay_open=True))
+    guard, always = mg.Guard(policy, lm), mg.Guard(mg.Policy(controls=(CONTROL,)), lm)
+    opened = []
+    for prompt in PROMPTS:
+        ids, is_open = list(prompt), False
+        for _ in range(new):
+            session = Session(lm, always.controls, [ids], own_base=True, gate=Gate(risk=pack, min_risk=risk).bind(lm))
+            outcome = session.step()
+            is_open |= bool(outcome.touched.item())
+            law = outcome.base if not is_open else Session(lm, always.controls, [ids], own_base=True).step().logits
+            ids.append(int(law.argmax()))
+        opened.append(is_open)
+        if "num_beams" in generation:
+            with guard.attach() as model:
+                wanted = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, **generation)[0].tolist()
+        else:
+            wanted = ids
+            assert list(guard.generate([prompt], max_new_tokens=new).token_ids[0]) == ids[len(prompt) :]
+        processors = [guard.logits_processor()]
+        found = lm.model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, logits_processor=processors, **generation)
+        assert found[0].tolist() == wanted
+    assert any(opened)
+
+
 def test_several_heads_take_the_largest_risk(lm: LanguageModel, pack: str, tmp_path: Path) -> None:
     head = FactoredHead.load(pack)
     FactoredHead(head.query, head.key, head.linear, head.bias - 3.0, head.state).save(tmp_path)
@@ -105,8 +150,6 @@ def test_several_heads_take_the_largest_risk(lm: LanguageModel, pack: str, tmp_p
 
 def test_what_a_gate_by_risk_cannot_do(lm: LanguageModel, pack: str, tmp_path: Path) -> None:
     policy = mg.Policy(controls=(CONTROL,), gate=Gate(risk=pack, min_risk=0.4))
-    with pytest.raises(UnsupportedPathError, match="the gate tells the risk from hidden states"):
-        mg.Guard(policy, lm).logits_processor()
     with pytest.raises(ModelError, match="fingerprint"):
         mg.Guard(policy, (gpt2(), None))
     with pytest.raises(PolicyError, match="prefix-head packs that tell the risk"):

@@ -213,8 +213,21 @@ def test_attach_and_logits_processor(make: Make) -> None:
     expected = guard.generate([[1, 2, 3]], max_new_tokens=6, do_sample=False).token_ids[0]
     with guard.attach() as model:
         assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6, do_sample=False)[0, 3:].tolist() == expected
+    # a pack's head reads the states from a row of the guard's own; given as an object it is refused, naming attach
+    found = lm.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6, do_sample=False, logits_processor=[guard.logits_processor()])
+    assert found[0, 3:].tolist() == expected
     with pytest.raises(GuardError, match="attach"):
-        guard.logits_processor()  # a factored head needs hidden states, by name as well
+        mg.Guard(Policy(controls=[Fudge(discriminator=HEAD)]), lm).logits_processor()
+
+
+def test_a_subspace_pack_under_a_logits_processor(make: Make) -> None:
+    lm = tiny()
+    guard = mg.Guard(Policy(controls=[with_pack("subspace", make("subspace"))]), lm)
+    for prompt in ([1, 2, 3], [9, 8]):
+        ids = torch.tensor([prompt])
+        expected = guard.generate([prompt], max_new_tokens=6, do_sample=False).token_ids[0]
+        found = lm.model.generate(ids, max_new_tokens=6, do_sample=False, logits_processor=[guard.logits_processor()])
+        assert found[0, len(prompt) :].tolist() == expected
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_replaced_gives_a_checked_copy() -> None:
 # --- round trips --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["balanced", "debias-gender", "detox", "example"])
+@pytest.mark.parametrize("source", ["balanced", "debias-gender", "detox", "detox-strong", "example"])
 def test_round_trips(tmp_path: Path, source: str) -> None:
     policy = Policy.load(DATA if source == "example" else source)
     again = Policy.load(policy.as_dict())
@@ -235,7 +235,7 @@ def test_round_trips(tmp_path: Path, source: str) -> None:
 
 
 def test_every_built_in_policy_is_tested_and_complete() -> None:
-    assert built_in_policies() == ["balanced", "debias-gender", "detox"]
+    assert built_in_policies() == ["balanced", "debias-gender", "detox", "detox-strong"]
     for name in built_in_policies():
         policy = Policy.load(name)
         assert policy.name == name
@@ -345,7 +345,7 @@ def test_the_schema_is_plain_json_and_names_every_control() -> None:
         assert found["properties"].keys() == {"control", *settings_of}
 
 
-@pytest.mark.parametrize("source", ["balanced", "debias-gender", "detox", "example"])
+@pytest.mark.parametrize("source", ["balanced", "debias-gender", "detox", "detox-strong", "example"])
 def test_the_schema_takes_what_loads(validator: Any, source: str) -> None:
     policy = Policy.load(DATA if source == "example" else source)
     assert [error.message for error in validator.iter_errors(policy.as_dict())] == []

@@ -23,10 +23,11 @@ def pack_list() -> None:
     """The packs that come with moralguard."""
     from moralguard.packs import PREFIX, read_pack, shipped_packs
 
-    table = Table("pack", "kind", "method", "fitted on", "what it is", box=None)
+    table = Table("pack", "kind", "what it is", box=None)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for name in shipped_packs():
         card = read_pack(PREFIX + name).card
-        table.add_row(*map(_clean, (PREFIX + name, card.kind, card.method, card.base.name, card.description)))
+        table.add_row(*map(_clean, (PREFIX + name, card.kind, card.description)))
     if table.row_count:
         out.print(table)
     else:

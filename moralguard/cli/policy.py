@@ -72,7 +72,11 @@ def policy_check(
             table.add_row(name, "[red]no[/]", str(error))
             continue
         passes = len({item.key for item in bound.passes})
-        processor = "attach, generate" if control.needs.hidden or control.needs.grad else "logits_processor, attach, generate"
+        processor = (
+            "attach, generate"
+            if (control.needs.hidden and not control.own_states) or control.needs.grad
+            else "logits_processor, attach, generate"
+        )
         table.add_row(name, "[green]yes[/]", f"{passes} auxiliary pass{'' if passes == 1 else 'es'} a step; through {processor}")
     if acting.gate is not None:
         try:

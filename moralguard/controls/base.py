@@ -45,6 +45,15 @@ class Control(StrictModel, ABC):
         """What it asks of the backend."""
         return Capabilities()
 
+    @property
+    def own_states(self) -> bool:
+        """Whether a logits processor, which gets no hidden states, may run the base's rows once more to read them.
+
+        Packs do, so that a fitted policy runs wherever a prompted one does; a control given its arrays is refused there, because
+        ``attach`` has the states for nothing.
+        """
+        return False
+
     @abstractmethod
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Any]:
         """Check the settings against a model and prepare everything that doesn't depend on a request.

@@ -71,6 +71,10 @@ class Fudge(Control):
     def needs(self) -> Capabilities:
         return Capabilities(hidden=isinstance(self.discriminator, (str, FactoredHead)), history=True)
 
+    @property
+    def own_states(self) -> bool:
+        return isinstance(self.discriminator, str)
+
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Fudge]:
         if isinstance(self.discriminator, str):
             return FactoredFudge(self, lm, _load_head(self.discriminator, lm))

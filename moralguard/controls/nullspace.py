@@ -102,6 +102,10 @@ class NullspaceProjection(Control):
     def needs(self) -> Capabilities:
         return Capabilities(hidden=True)
 
+    @property
+    def own_states(self) -> bool:
+        return isinstance(self.basis, str)
+
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundNullspace:
         return BoundNullspace(self, lm)
 

@@ -29,12 +29,14 @@ class Gate(StrictModel):
         risk: prefix-head packs (folders or ``pack:NAME``) fitted for the model; a step's risk is the base's own expectation of
             1 - P(v | y_<=t, w) over its 50 most probable next tokens w, the largest of the packs.
         min_risk: the least risk at which the controls act.
+        stay_open: once open for a request, the gate stays open to its end.
     """
 
     min_entropy: Annotated[float, Field(ge=0)] | None = None
     first_tokens: Annotated[int, Field(ge=1)] | None = None
     risk: tuple[str, ...] = ()
     min_risk: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    stay_open: bool = False
 
     @field_validator("risk", mode="before")
     @classmethod
@@ -80,7 +82,7 @@ class BoundGate:
         return self.settings.needs
 
     def open_rows(self, step: Step) -> torch.Tensor | None:
-        """bool[R], the rows in which controls act; None where all do."""
+        """bool[R], the rows whose conditions hold at this step; None where all do. The session keeps open what is to ``stay_open``."""
         rows: torch.Tensor | None = None
         if self.settings.first_tokens is not None:
             rows = step.generated < self.settings.first_tokens

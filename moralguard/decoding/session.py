@@ -77,6 +77,8 @@ class Session:
         prompts: token ids of the requests, none empty.
         own_base: the session runs the base's rows itself (own loop); otherwise each step is given the base logits.
         gate: when controls act.
+        given_hidden: each step is given the base's hidden state too. Where it isn't and something reads it, the session runs the
+            base's rows beside the other passes.
     """
 
     def __init__(
@@ -87,14 +89,19 @@ class Session:
         *,
         own_base: bool,
         gate: BoundGate | None = None,
+        given_hidden: bool = False,
     ):
         self.lm, self.controls, self.gate = lm, tuple(controls), gate
         self._base_pass = Pass(lm) if own_base else None
         hidden = any(control.settings.needs.hidden for control in self.controls) or (gate is not None and gate.needs.hidden)
+        self._state_pass = Pass(lm) if hidden and not own_base and not given_hidden else None
         passes = [item for control in self.controls for item in control.passes]
         if self._base_pass is not None:
             passes.insert(0, self._base_pass)
-        self.table = PassTable(passes, prompts, hidden_for=lm if own_base and hidden else None)
+        if self._state_pass is not None:
+            passes.insert(0, self._state_pass)
+        own_states = (own_base and hidden) or self._state_pass is not None
+        self.table = PassTable(passes, prompts, hidden_for=lm if own_states else None)
         self._restart(prompts)
 
     def _restart(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -109,6 +116,7 @@ class Session:
         self.generated = torch.zeros(len(prompts), dtype=torch.int64, device=device)
         self.columns: list[Columns | None] = [None] * len(self.controls)
         self.disabled = torch.zeros(len(self.controls), len(prompts), dtype=torch.bool)
+        self._opened = torch.full_like(self.generated, _NEVER)  # tokens that a request had when its gate first opened
         self._pending: _Pending | None = None
 
     @property
@@ -135,6 +143,9 @@ class Session:
             base = view.logits
             if view.group.hidden is not None:
                 hidden, head_logits = view.hidden, view.head_logits
+        elif self._state_pass is not None:
+            view = self.table.view(self._state_pass)
+            hidden, head_logits = view.hidden, view.head_logits
         if base is None:
             raise RuntimeError("this session doesn't run the base model: give the base logits")
         step = Step(
@@ -150,7 +161,7 @@ class Session:
         self._pending = _Pending(step)
         if not self.controls:
             return Outcome(base, rectify(base, ()), ())
-        open_rows = None if self.gate is None else self.gate.open_rows(step)
+        open_rows = self._open_rows(step)
         try:
             if self.disabled.any():
                 raise _DisabledError
@@ -171,6 +182,13 @@ class Session:
             return Outcome(base, rectified, None, tuple(failures))
         self._pending = replace(self._pending, terms=terms)
         return Outcome(base, rectified, tuple(terms))
+
+    def _open_rows(self, step: Step) -> torch.Tensor | None:
+        rows = None if self.gate is None else self.gate.open_rows(step)
+        if rows is None or self.gate is None or not self.gate.settings.stay_open:
+            return rows
+        self._opened = torch.where(rows, torch.minimum(self._opened, self.generated), self._opened)
+        return self._opened <= self.generated
 
     def _terms_of(self, index: int, step: Step) -> Terms:
         control = self.controls[index]
@@ -276,7 +294,7 @@ class Session:
         self.table.select(rows)
         index = rows.to(self.history.device)
         self.history, self.mask, self.generated = self.history[index], self.mask[index], self.generated[index]
-        self.disabled = self.disabled[:, rows.cpu()]
+        self.disabled, self._opened = self.disabled[:, rows.cpu()], self._opened[index]
         self.columns = [
             None if columns is None else {name: value[rows.to(value.device)] for name, value in columns.items()} for columns in self.columns
         ]
@@ -286,6 +304,8 @@ class Session:
         self._pending = None
         if found.parents is not None:
             self.select(found.parents)
+        # what opened a gate behind the last token that stays was another text
+        self._opened = self._opened.masked_fill(self._opened > self.generated - found.dropped, _NEVER)
         self.generated = self.generated + found.tokens.shape[1] - found.dropped
         tokens = found.tokens.to(self.history.device)
         kept = self.history.shape[1] - found.dropped
@@ -313,6 +333,9 @@ class Session:
     def stateful(self) -> bool:
         """Whether a control keeps columns, which can't be rewound."""
         return any(bool(columns) for columns in self.columns)
+
+
+_NEVER = sys.maxsize
 
 
 class _DisabledError(Exception):

@@ -7,6 +7,7 @@ ride the base's forward as extra rows and take megabytes instead of gigabytes. W
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -98,6 +99,10 @@ def fit_expert(
         for name, p in lm.model.named_parameters():
             p.requires_grad_(frozen[name])
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template; the pack's card says it all
+    config_file = folder / "adapter_config.json"
+    written = json.loads(config_file.read_text(encoding="utf-8"))
+    written["base_model_name_or_path"] = None  # a path of the machine it was fitted on; the card names the model
+    config_file.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     checkpoint.unlink(missing_ok=True)
     return folder
 
