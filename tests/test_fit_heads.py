@@ -474,7 +474,7 @@ def test_the_command_searches_layers_and_says_what_pplm_cannot_take(places, tmp_
         (("--kind", "attribute", "--layers", "top"), "expected numbers such as -1,4,8, or all"),
         (("--kind", "attribute", "--layers", "-1,99"), "layers 0 to 2 and -1, not 99"),
         (("--kind", "attribute", "--target", "cruel"), "--target 'cruel' is none of 0, 1"),
-        (("--kind", "attribute", "--pairs", "kind"), "expected two fields, POSITIVE,NEGATIVE"),
+        (("--kind", "attribute", "--pairs", "kind"), "expected two fields, KEPT,BROKEN"),
         (("--kind", "attribute", "--text-field", "words"), "field 'words' must hold a text"),
         (("--kind", "attribute", "--value", "x"), "statement"),
     ],

@@ -1,4 +1,4 @@
-"""Choosing strengths and prompts by what they do: the front, the limits, the checkpoint and the errors."""
+"""Choosing strengths by what they do: the front, the limits, the checkpoint and the errors."""
 
 from __future__ import annotations
 

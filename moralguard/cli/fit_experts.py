@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moralguard.cli.console import ModelOption, err
-from moralguard.errors import DataError
+from moralguard.cli.labelled_rows import read_rows
 
 
 def experts(
@@ -33,17 +33,10 @@ def experts(
     """Train an expert on texts that keep a value and an anti-expert on texts that break it, for DExperts."""
     from moralguard.fitting.expert_packs import fit_expert_packs
     from moralguard.fitting.experts import ExpertSettings
-    from moralguard.fitting.labelled import read_labelled, read_pairs
     from moralguard.models import load_model
     from moralguard.packs import PackData
 
-    if pairs is not None:
-        kept, _, broken = pairs.partition(",")
-        if not broken:
-            raise DataError(f"--pairs is {pairs!r}; expected the two fields KEPT,BROKEN")
-        data = read_pairs(rows, kept.strip(), broken.strip())
-    else:
-        data = read_labelled(rows, text=text_field, label=label_field, classes=("0", "1"))
+    data = read_rows(rows, text_field, label_field, pairs, None if pairs else ("0", "1"))
     settings = ExpertSettings(
         rank=rank,
         alpha=2 * rank,

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from moralguard.cli.console import DtypeOption, ModelOption, err, out
+from moralguard.cli.labelled_rows import read_rows
 from moralguard.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def head(
     dtype: DtypeOption = "auto",
     text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     label_field: Annotated[str | None, typer.Option(help="Field that holds the label; label, kept or satisfies where not given.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="POSITIVE,NEGATIVE: rows hold a text of either class in these fields.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="KEPT,BROKEN: rows hold a text of either class in these fields.")] = None,
     target: Annotated[str | None, typer.Option(help="Class that is sought, its name or number; of two classes the second.")] = None,
     name: Annotated[str | None, typer.Option(help="The pack's name; the folder's where not given.")] = None,
     layers: Annotated[
@@ -61,7 +62,7 @@ def head(
     Value.from_statement(value)  # told before the fit and not behind it
     _check_options(kind, {"--layers": layers, "--pooling": pooling, "--hidden": hidden}, {"--rank": rank})
     _check_folder(folder)
-    texts = _read(rows, text_field, label_field, pairs)
+    texts = read_rows(rows, text_field, label_field, pairs)
     sought = _target(texts, target)
     lm = load_model(model, dtype=dtype)
     settings: dict[str, Any] = {"target": sought, "classes": list(texts.classes), "max_tokens": max_tokens, "seed": seed}
@@ -162,17 +163,6 @@ def _check_folder(folder: Path) -> None:
     )
     if strange:
         raise DataError(f"{folder} holds {', '.join(strange[:5])}; give a new folder, or one with an earlier head")
-
-
-def _read(rows: Path, text: str, label: str | None, pairs: str | None) -> LabelledTexts:
-    from moralguard.fitting.labelled import read_labelled, read_pairs
-
-    if pairs is None:
-        return read_labelled(rows, text=text, label=label)
-    fields = [field.strip() for field in pairs.split(",")]
-    if len(fields) != 2 or not all(fields) or label is not None:
-        raise DataError(f"--pairs is {pairs!r}; expected two fields, POSITIVE,NEGATIVE, and no --label-field: the field is the label")
-    return read_pairs(rows, *fields)
 
 
 def _target(texts: LabelledTexts, given: str | None) -> int:

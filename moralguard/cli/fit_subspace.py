@@ -86,14 +86,13 @@ def _texts(concept: str | None, rows: Path | None, licence: str, seed: int) -> t
     from moralguard.fitting.labelled import read_labelled
     from moralguard.packs import PackData
 
-    if (concept is None) == (rows is None):
-        raise DataError("give either --concept (gender, religion or race) or --rows FILE, one of them")
-    if concept is not None:
+    if concept is not None and rows is None:
         texts = concept_rows(concept, seed)
         return texts, PackData(name=f"moralguard's own sentences about {concept}", licence=LICENCE, rows=len(texts.rows))
-    assert rows is not None
-    texts = read_labelled(rows)
-    return texts, PackData(name=rows.name, licence=licence, rows=len(texts.rows))
+    if rows is not None and concept is None:
+        texts = read_labelled(rows)
+        return texts, PackData(name=rows.name, licence=licence, rows=len(texts.rows))
+    raise DataError("give either --concept (gender, religion or race) or --rows FILE, one of them")
 
 
 def _show(metrics: dict[str, Any]) -> None:

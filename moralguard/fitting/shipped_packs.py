@@ -14,7 +14,7 @@ from moralguard.fitting.expert_packs import fit_expert_packs
 from moralguard.fitting.experts import ExpertSettings
 from moralguard.fitting.labelled import LabelledTexts
 from moralguard.fitting.prefix_head import PrefixHeadSettings, train_prefix_head
-from moralguard.fitting.toxicity_rows import VALUES, Scorer, ToxicityRows, expert_rows, head_rows
+from moralguard.fitting.toxicity_rows import JUDGED, VALUES, Scorer, ToxicityRows, expert_rows, head_rows
 from moralguard.packs import write_pack
 from moralguard.schema import nearest
 
@@ -34,11 +34,7 @@ def fit_shipped_packs(
     if only is not None and only not in NAMES:
         raise DataError(f"there is no shipped pack {only!r} to fit; {nearest(only, NAMES)}")
     folder, place = Path(data), Path(out)
-    discriminator = Discriminator.load()
-
-    def score(texts: list[str], values: list[str]):  # type: ignore[no-untyped-def]
-        return discriminator.score(texts, values)
-
+    score: Scorer = Discriminator.load().score
     written: list[Path] = []
     for name in NAMES if only is None else (only,):
         if name == "experts":
@@ -75,7 +71,7 @@ def _prefix(lm: LanguageModel, folder: Path, score: Scorer, name: str, place: Pa
         data=rows.data,
         settings=PREFIX_HEADS.model_dump(mode="json"),
         metrics=fitted.metrics,
-        description="P(kept | prefix, next token) from the model's own last hidden state.",
+        description=f"P(kept | prefix, next token) from the model's own last hidden state.{JUDGED.get(name, '')}",
         values=(VALUES[name],),
     )
 

@@ -37,7 +37,11 @@ VALUES = {
     "threat": "The text does not threaten anyone with violence.",
     "sexual": "The text does not contain sexually explicit content.",
 }
-JUDGED = "threat and sexual content: partly labelled by the shipped discriminator"
+JUDGED = {
+    "threat": " Texts of the toxic sources that the shipped discriminator takes for threats count as such.",
+    "sexual": " The shipped discriminator says which texts of the toxic sources are sexually explicit.",
+}
+"""What a card must say of labels that nobody gave by hand."""
 
 Scorer = Callable[[list[str], list[str]], np.ndarray]
 """(texts, ids of known values) -> P(v|y) f64[n, values]; the shipped discriminator's ``score``."""
