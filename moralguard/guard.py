@@ -9,12 +9,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moralguard.attachment import attach
-from moralguard.backends.hf import LanguageModel
+from moralguard.backends.arrays import kind_of
 from moralguard.backends.prompts import PromptLike, as_batch, encode_prompt, is_single
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.counters import Counters
@@ -23,12 +22,15 @@ from moralguard.decoding.loop import LoopContext, decode
 from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import Completion, GenerationResult
 from moralguard.decoding.settings import DecodingSettings
-from moralguard.discriminator.discriminator import shipped_discriminator
 from moralguard.errors import ControlError, ModelError, PolicyError, UnsupportedPathError
 from moralguard.models import load_model
 from moralguard.policy import Policy
-from moralguard.processor import GuardLogitsProcessor
 from moralguard.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from moralguard.backends.hf import LanguageModel
+    from moralguard.numpy_processor import NumpyLogitsProcessor
+    from moralguard.processor import GuardLogitsProcessor
 
 
 class Guard:
@@ -36,8 +38,8 @@ class Guard:
 
     Args:
         policy: a Policy, a built-in name, the path of a YAML or JSON file, or a dict.
-        model: what ``load_model`` returns or takes: a causal LM, (model, tokenizer), a folder, a GGUF file, an id. The tokenizer
-            may be None where prompts are token ids and no control needs text.
+        model: what ``load_model`` returns or takes: a causal LM, (model, tokenizer), a folder, a GGUF or ONNX file, an id. The
+            tokenizer may be None where prompts are token ids and no control needs text.
 
     Attributes:
         policy: the policy as given.
@@ -55,7 +57,7 @@ class Guard:
     def __init__(self, policy: Policy | str | Path | dict[str, Any], model: Any):
         self.policy = Policy.load(policy)
         self.lm: LanguageModel = load_model(model)
-        if self.lm.model.training:
+        if getattr(getattr(self.lm, "model", None), "training", False):
             warnings.warn(f"{self.lm.name} is in training mode: its dropout makes every pass differ; call model.eval() first", stacklevel=2)
         self.counters = Counters()
         entry = self.policy.fitted_for(self.lm)
@@ -144,8 +146,10 @@ class Guard:
         while (piece := await asyncio.to_thread(next, pieces, done)) is not done:
             yield str(piece)
 
-    def logits_processor(self, attention_mask: Any = None) -> GuardLogitsProcessor:
+    def logits_processor(self, attention_mask: Any = None) -> GuardLogitsProcessor | NumpyLogitsProcessor:
         """A logits processor for any transformers ``generate()``: greedy, sampling, beams, several return sequences, assisted.
+
+        On an ONNX model it is one for loops over such a model: optimum's ``generate``, onnxruntime-genai's Generator, one's own.
 
         Args:
             attention_mask: i64[B, T] of the prompts, for loops of your own. Under transformers' ``generate`` the mask is found
@@ -154,6 +158,8 @@ class Guard:
         Raises:
             UnsupportedPathError: a control needs hidden states or gradients, which transformers doesn't hand to processors; use ``attach``.
         """
+        torch_model = kind_of(self.lm) == "torch"
+        instead = "`with guard.attach(model): model.generate(...)` or guard.generate(...)" if torch_model else "guard.generate(...)"
         for control in self.controls:
             needs = control.settings.needs
             missing = [
@@ -163,9 +169,14 @@ class Guard:
             ]
             if missing:
                 raise UnsupportedPathError(
-                    f"control {control.name!r} needs {', '.join(missing)}, which a logits processor doesn't get; use "
-                    "`with guard.attach(model): model.generate(...)` or guard.generate(...)"
+                    f"control {control.name!r} needs {', '.join(missing)}, which a logits processor doesn't get; use {instead}"
                 )
+        if not torch_model:
+            from moralguard.numpy_processor import NumpyLogitsProcessor
+
+            return NumpyLogitsProcessor(self.lm, self.controls, self.gate, self._open, self.counters, attention_mask=attention_mask)
+        from moralguard.processor import GuardLogitsProcessor
+
         return GuardLogitsProcessor(self.lm, self.controls, self.gate, self._open, self.counters, attention_mask=attention_mask)
 
     def attach(self, model: Any = None) -> AbstractContextManager[Any]:
@@ -175,8 +186,15 @@ class Guard:
             model: the guard's own model (the default).
 
         Raises:
-            UnsupportedPathError: another model, one that is already attached, or a way of generating that the guard can't cover.
+            UnsupportedPathError: another model, one that is already attached, one that isn't transformers', or a way of generating that
+                the guard can't cover.
         """
+        if kind_of(self.lm) != "torch":
+            raise UnsupportedPathError(
+                f"attach guards a transformers model's own generate, and {self.lm.name} runs on ONNX Runtime; use guard.generate(...)"
+            )
+        from moralguard.attachment import attach
+
         return attach(self.lm, self.controls, self.gate, self._open, self.counters, model)
 
     @property
@@ -227,7 +245,10 @@ class Guard:
                 raise ModelError(f"{self.lm.name} was given without a tokenizer, so there is no text to judge; pass (model, tokenizer)")
             if not self.policy.values or not texts:
                 return np.zeros((len(texts), len(self.policy.values)))
-            return shipped_discriminator().score(texts, self.policy.values)
+            from moralguard.discriminator.discriminator import shipped_discriminator
+
+            judge = shipped_discriminator(onnx=True) if kind_of(self.lm) == "numpy" else shipped_discriminator()
+            return judge.score(texts, self.policy.values)
 
         return GenerationResult(
             texts=texts,
@@ -259,7 +280,12 @@ def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundCo
     if missing:
         raise PolicyError(
             f"control {control.versioned_name()} of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} "
-            f"({type(lm.model).__name__}) doesn't offer; drop the control or use another model"
+            f"({type(getattr(lm, 'model', lm)).__name__}) doesn't offer; {control.instead(missing)}"
+        )
+    if kind_of(lm) != "torch" and not control.any_arrays:
+        raise PolicyError(
+            f"control {control.versioned_name()} of policy {policy.name!r} computes with torch tensors, {lm.name} with NumPy arrays; use "
+            f"a PyTorch model, or write its terms with step.arrays and set {type(control).__name__}.any_arrays = True"
         )
     return control.bind(lm, policy.values)
 

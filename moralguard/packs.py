@@ -11,16 +11,20 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import torch
+import numpy as np
 from pydantic import Field
 
 from moralguard import __version__
-from moralguard.backends.hf import LanguageModel
-from moralguard.backends.tensor_files import load_tensors
+from moralguard.backends.tensor_files import load_arrays, load_tensors
 from moralguard.errors import ModelError, PolicyError
 from moralguard.schema import StrictModel, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
 
 FORMAT = 1
 CARD = "card.json"
@@ -116,6 +120,10 @@ class Pack:
         """Tensors of one of its safetensors files."""
         return load_tensors(self.folder / name)
 
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The same as NumPy arrays, without torch."""
+        return load_arrays(self.folder / name)
+
     def check(self, lm: LanguageModel) -> None:
         """Compare the model that the pack was fitted on with ``lm``.
 
@@ -207,7 +215,7 @@ def read_pack(source: str | Path, kind: PackKind | None = None) -> Pack:
     for name, path in present.items():
         if path.suffix != ".safetensors":
             continue
-        broken = sorted(key for key, tensor in load_tensors(path).items() if not bool(torch.isfinite(tensor.float()).all()))
+        broken = sorted(key for key, array in load_arrays(path).items() if not bool(np.isfinite(array.astype(np.float32)).all()))
         if broken:
             raise ModelError(f"{folder / name} holds values that aren't finite, in {', '.join(broken)}; fit the pack again")
     return Pack(folder, card)

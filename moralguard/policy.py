@@ -7,18 +7,21 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, SkipValidation, WithJsonSchema, field_validator, model_validator
 
-from moralguard.backends.hf import LanguageModel
+from moralguard.backends.arrays import kind_of
 from moralguard.controls.base import Control
 from moralguard.controls.registry import control_class, control_names, read_control, write_control
 from moralguard.decoding.gate import Gate
 from moralguard.errors import PolicyError
 from moralguard.schema import StrictModel, nearest
 from moralguard.values import Value
+
+if TYPE_CHECKING:
+    from moralguard.backends.hf import LanguageModel
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -46,12 +49,14 @@ class FittedControls(StrictModel):
 
     Attributes:
         model: the model's name, for people.
-        fingerprint: ``LanguageModel.fingerprint`` of the model.
+        fingerprint: ``LanguageModel.fingerprint`` of the model, which its export to ONNX keeps.
+        runtime: only where the model runs on this; LoRA packs need torch. None is either.
         controls, gate: what acts on that model in place of the policy's own controls and gate.
     """
 
     model: str
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    runtime: Literal["torch", "onnx"] | None = None
     controls: tuple[AnyControl, ...]
     gate: Gate | None = None
 
@@ -95,10 +100,14 @@ class Policy(StrictModel):
 
     @model_validator(mode="after")
     def _one_entry_a_model(self) -> Policy:
-        prints = [entry.fingerprint for entry in self.fitted]
-        repeated = sorted({i for i in prints if prints.count(i) > 1})
-        if repeated:
-            raise PolicyError(f"policy {self.name!r} has several fitted entries with fingerprint {', '.join(repeated)}; keep one a model")
+        for i, entry in enumerate(self.fitted):
+            for other in self.fitted[:i]:
+                apart = None not in (entry.runtime, other.runtime) and entry.runtime != other.runtime
+                if entry.fingerprint == other.fingerprint and not apart:
+                    raise PolicyError(
+                        f"policy {self.name!r} has several fitted entries with fingerprint {entry.fingerprint}; keep one a model, or one a "
+                        "runtime (torch, onnx)"
+                    )
         return self
 
     @classmethod
@@ -158,7 +167,9 @@ class Policy(StrictModel):
     def fitted_for(self, lm: LanguageModel) -> FittedControls | None:
         """The entry of ``fitted`` that is for this model."""
         # without entries the model's weights aren't read
-        return next((entry for entry in self.fitted if entry.fingerprint == lm.fingerprint), None)
+        runtime = "onnx" if kind_of(lm) == "numpy" else "torch"
+        found = (entry for entry in self.fitted if entry.fingerprint == lm.fingerprint)
+        return next((entry for entry in found if entry.runtime in (None, runtime)), None)
 
     def for_model(self, lm: LanguageModel) -> Policy:
         """The policy as it acts on a model: with the controls and the gate of its entry in ``fitted``, where it has one."""
@@ -211,7 +222,7 @@ def _with_distinct_ids(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _write_fitted(entry: FittedControls) -> dict[str, Any]:
-    data: dict[str, Any] = {"model": entry.model, "fingerprint": entry.fingerprint}
+    data = entry.model_dump(mode="json", include={"model", "fingerprint", "runtime"}, exclude_none=True)
     data["controls"] = [write_control(control) for control in entry.controls]
     return data if entry.gate is None else data | {"gate": _write_gate(entry.gate)}
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from moralguard.backends.hf import LanguageModel
+from moralguard.backends.hf_files import quiet_transformers
 from moralguard.backends.prompts import PromptLike, encode_prompt
 from moralguard.controls.base import BoundControl, Control
 from moralguard.controls.registry import control_class, control_names, write_control
@@ -21,7 +22,7 @@ from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Terms
 from moralguard.errors import PolicyError, PromptError
 from moralguard.guard import Guard
-from moralguard.models import load_model, quiet_transformers
+from moralguard.models import load_model
 from moralguard.policy import Policy
 from moralguard.values import Value
 

@@ -261,7 +261,7 @@ def test_a_broken_weights_file_is_named(tmp_path):
 
 def test_exported_to_onnx_it_says_the_same(judge, tmp_path):
     pytest.importorskip("onnxruntime", reason="extra `onnx` isn't installed")
-    pytest.importorskip("onnxscript", reason="extra `onnx` isn't installed")
+    pytest.importorskip("onnx", reason="extra `onnx` isn't installed")
     judge.export_onnx(tmp_path)
     texts = [*TEXTS, "word " * 200, "", "这些人都是垃圾，滚出去"]
     exported = mg.Discriminator.load(onnx=tmp_path)

@@ -79,7 +79,7 @@ def _trained(start, settings, checkpoint=None, stop=None):
 
 def test_the_starting_network_is_the_encoder_it_was_made_of(start):
     network = starting_network(start, 0, shared_layers=1).eval()
-    tokens = WordPieces(start / "tokenizer.json").statements(["the text does not mention tea", "no war"], ["", "then"])
+    tokens = WordPieces(start / "tokenizer.json").statements(["the text does not mention tea", "no war"], ["", "then"]).to("cpu")
     bert = BertModel.from_pretrained(start).eval()
     with torch.no_grad():
         encoded = network.encode(tokens.ids, tokens.mask, side=0)

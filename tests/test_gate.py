@@ -13,7 +13,7 @@ from moralguard.backends.factored_head import FactoredHead
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls import DExperts, Prompt
 from moralguard.decoding.gate import Gate
-from moralguard.decoding.session import Session
+from moralguard.decoding.session import Outcome, Session
 from moralguard.errors import ModelError, PolicyError, UnsupportedPathError
 from moralguard.packs import write_pack
 
@@ -50,23 +50,30 @@ def risks(lm: LanguageModel, pack: str) -> torch.Tensor:
         kept = (
             (e @ head.key.double().T) @ (head.query.double() @ hidden) + e @ head.linear.double() + hidden @ head.state.double() + head.bias
         )
-        found.append((torch.softmax(top.values, -1) * torch.sigmoid(-kept)).sum())
-    return torch.stack(found)
+        found.append((torch.softmax(top.values, -1) * -kept).sum())
+    return torch.sigmoid(torch.stack(found))
+
+
+def middle(values: torch.Tensor) -> float:
+    """Between two of the values, so that no rounding decides."""
+    return float(values.sort().values[1:3].mean())
 
 
 def test_the_risk_is_the_formula_and_the_gate_opens_at_it(lm: LanguageModel, pack: str) -> None:
     expected = risks(lm, pack)
-    middle = float(expected.sort().values[1:3].mean())
-    gate = Gate(risk=pack, min_risk=middle).bind(lm)
+    least = middle(expected)
+    gate = Gate(risk=pack, min_risk=least).bind(lm)
     guard = mg.Guard(mg.Policy(controls=(CONTROL,)), lm)
     session = Session(lm, guard.controls, PROMPTS, own_base=True, gate=gate)
     outcome = session.step()
-    assert outcome.touched.tolist() == (expected >= middle).tolist()
+    assert outcome.touched.tolist() == (expected >= least).tolist()
     assert 0 < int(outcome.touched.sum()) < len(PROMPTS)
     shut = ~outcome.touched
     assert torch.equal(outcome.logits[shut], outcome.base[shut])
     assert not torch.equal(outcome.logits[outcome.touched], outcome.base[outcome.touched])
-    torch.testing.assert_close(gate.risk(session._pending.step).double(), expected, atol=1e-4, rtol=1e-4)
+    log_odds = gate.log_odds(session._pending.step)
+    assert log_odds is not None
+    torch.testing.assert_close(torch.sigmoid(log_odds).double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_risk_is_the_same_alone_and_in_a_batch(lm: LanguageModel, pack: str) -> None:
@@ -81,9 +88,9 @@ def test_shut_gates_give_the_base_and_attach_agrees_with_the_own_loop(lm: Langua
         result = mg.Guard(mg.Policy(controls=controls, gate=gate), lm).generate(PROMPTS, max_new_tokens=8)
         return [list(ids) for ids in result.token_ids]
 
-    assert tokens(Gate(risk=pack, min_risk=0.999)) == tokens(None, ())
-    assert tokens(Gate(risk=pack, min_risk=0.001)) == tokens(None)
-    half = Gate(risk=pack, min_risk=float(risks(lm, pack).median()))
+    assert tokens(Gate(risk=pack, min_risk=1 - 1e-12)) == tokens(None, ())
+    assert tokens(Gate(risk=pack, min_risk=1e-12)) == tokens(None)
+    half = Gate(risk=pack, min_risk=middle(risks(lm, pack)))
     guard = mg.Guard(mg.Policy(controls=(CONTROL,), gate=half), lm)
     for prompt, own in zip(PROMPTS, tokens(half), strict=True):
         with guard.attach() as model:
@@ -94,7 +101,7 @@ def test_shut_gates_give_the_base_and_attach_agrees_with_the_own_loop(lm: Langua
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["greedy", "beams", "drafts"])
 def test_a_logits_processor_reads_the_risk_from_a_row_of_its_own(lm: LanguageModel, pack: str, generation: dict[str, int]) -> None:
     """Where transformers hands over no hidden states; the law is that of the other paths."""
-    risk = float(risks(lm, pack).median())
+    risk = middle(risks(lm, pack))
     guard = mg.Guard(mg.Policy(controls=(CONTROL,), gate=Gate(risk=pack, min_risk=risk)), lm)
     arguments = {"max_new_tokens": 8, "do_sample": False} | generation
     for prompt in PROMPTS[:2] if generation else PROMPTS:
@@ -108,20 +115,34 @@ def test_a_logits_processor_reads_the_risk_from_a_row_of_its_own(lm: LanguageMod
         assert found == wanted
 
 
+def looked_at(lm: LanguageModel, pack: str, guard: mg.Guard, ids: list[int]) -> tuple[Outcome, torch.Tensor]:
+    """The guarded step behind a text that was read from its start, and its log-odds of a broken value."""
+    session = Session(lm, guard.controls, [ids], own_base=True, gate=Gate(risk=pack, min_risk=1e-9).bind(lm))
+    outcome = session.step()
+    assert session.gate is not None
+    assert session._pending is not None
+    newest = session.gate.log_odds(session._pending.step)
+    assert newest is not None
+    return outcome, newest[0]
+
+
 @pytest.mark.parametrize("generation", [{}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 3}], ids=["greedy", "drafts", "beams"])
-def test_a_gate_that_stays_open_is_open_from_its_first_risk_on(lm: LanguageModel, pack: str, generation: dict[str, int]) -> None:
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_gate_that_stays_open_is_open_from_its_first_risk_on(
+    lm: LanguageModel, pack: str, window: int, generation: dict[str, int]
+) -> None:
     """Against a loop that reads the whole text anew at every token."""
-    new, risk = 10, float(risks(lm, pack).sort().values[2])
-    policy = mg.Policy(controls=(CONTROL,), gate=Gate(risk=pack, min_risk=risk, stay_open=True))
+    new, risk = 10, middle(risks(lm, pack))
+    policy = mg.Policy(controls=(CONTROL,), gate=Gate(risk=pack, min_risk=risk, risk_window=window, stay_open=True))
     guard, always = mg.Guard(policy, lm), mg.Guard(mg.Policy(controls=(CONTROL,)), lm)
     opened = []
     for prompt in PROMPTS:
-        ids, is_open = list(prompt), False
+        ids, is_open, log_odds = list(prompt), False, []
         for _ in range(new):
-            session = Session(lm, always.controls, [ids], own_base=True, gate=Gate(risk=pack, min_risk=risk).bind(lm))
-            outcome = session.step()
-            is_open |= bool(outcome.touched.item())
-            law = outcome.base if not is_open else Session(lm, always.controls, [ids], own_base=True).step().logits
+            outcome, newest = looked_at(lm, pack, always, ids)
+            log_odds.append(newest)
+            is_open |= torch.sigmoid(torch.stack(log_odds[-window:]).mean()).item() >= risk
+            law = outcome.logits if is_open else outcome.base
             ids.append(int(law.argmax()))
         opened.append(is_open)
         if "num_beams" in generation:
@@ -143,7 +164,10 @@ def test_several_heads_take_the_largest_risk(lm: LanguageModel, pack: str, tmp_p
     session = Session(lm, (), PROMPTS, own_base=True, gate=Gate(risk=(pack, str(tmp_path))).bind(lm))
     session.step()
     step = session._pending.step
-    one, other, both = (Gate(risk=risk).bind(lm).risk(step) for risk in (pack, str(tmp_path), (pack, str(tmp_path))))
+    one, other, both = (Gate(risk=risk).bind(lm).log_odds(step) for risk in (pack, str(tmp_path), (pack, str(tmp_path))))
+    assert one is not None
+    assert other is not None
+    assert both is not None
     assert torch.equal(both, torch.maximum(one, other))
     assert bool((other > one).all())
 
@@ -154,6 +178,8 @@ def test_what_a_gate_by_risk_cannot_do(lm: LanguageModel, pack: str, tmp_path: P
         mg.Guard(policy, (gpt2(), None))
     with pytest.raises(PolicyError, match="prefix-head packs that tell the risk"):
         Gate(min_risk=0.3)
+    with pytest.raises(PolicyError, match="risk_window needs `risk`"):
+        Gate(risk_window=2)
     with pytest.raises((PolicyError, ModelError), match="isn't a pack"):
         Gate(risk=str(tmp_path))
     with mg.Guard(policy, lm).attach() as model, pytest.raises(UnsupportedPathError, match="the gate can't follow"):

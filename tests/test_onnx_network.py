@@ -16,7 +16,7 @@ from moralguard.discriminator.network import Network
 from moralguard.discriminator.onnx_network import OnnxNetwork, export_network
 from moralguard.errors import ModelError
 
-for package in ("onnx", "onnxscript", "onnxruntime"):
+for package in ("onnx", "onnxruntime"):
     pytest.importorskip(package, reason=f'{package} isn\'t installed; pip install "moralguard[onnx]"')
 
 CONFIG = EncoderConfig(
@@ -102,13 +102,35 @@ def test_numpy_in_numpy_out(exported: OnnxNetwork) -> None:
         assert found.shape == shape
 
 
+def test_from_arrays_is_the_exported_network(network: Network, exported: OnnxNetwork) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    built = OnnxNetwork.from_arrays(CONFIG, arrays, "0123", threads=1)
+    assert built.fingerprint == "0123"
+    (ids, mask), values = rows([3, 7], 2, 6), rows([4, 2], 0, 7)
+    assert_close(
+        built.cached_logits(ids, mask, *built.value_vectors(*values)), exported.cached_logits(ids, mask, *exported.value_vectors(*values))
+    )
+    assert_close(built.cross_logits(ids, mask, *values), exported.cross_logits(ids, mask, *values))
+    del arrays["cross_head.out.weight"]
+    with pytest.raises(ModelError, match=r"no array 'cross_head\.out\.weight'"):
+        OnnxNetwork.from_arrays(CONFIG, arrays)
+
+
+def test_an_export_of_an_earlier_format_is_refused(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    settings = copied / "network.json"
+    settings.write_text(settings.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ModelError, match="format 1"):
+        OnnxNetwork(copied)
+
+
 def test_weights_are_stored_once(network: Network, folder: Path) -> None:
     embeddings = network.encoder.words.weight.numpy().tobytes()
     assert (folder / "weights.bin").read_bytes().count(embeddings) == 1
     assert not any(embeddings in path.read_bytes() for path in folder.glob("*.onnx"))
 
 
-@pytest.mark.parametrize("name", ["network.json", "weights.bin", "values.onnx", "cached.onnx", "cross.onnx"])
+@pytest.mark.parametrize("name", ["network.json", "weights.bin", "lower.onnx", "values.onnx", "cached.onnx", "cross.onnx"])
 def test_missing_and_broken_files_are_named(folder: Path, tmp_path: Path, name: str) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copied / name).write_bytes(b"\x00broken")

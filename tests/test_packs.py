@@ -543,6 +543,8 @@ def test_mistakes_in_entries_are_named(entry: dict[str, Any], message: str) -> N
         Policy.load({"fitted": [whole | entry]})
     with pytest.raises(PolicyError, match="several fitted entries with fingerprint 0000000000000000"):
         Policy.load({"fitted": [whole, whole]})
+    with pytest.raises(PolicyError, match="several fitted entries"):
+        Policy.load({"fitted": [whole | {"runtime": "onnx"}, whole]})
 
 
 # --- the command line ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from tiny_models import llama
 import moralguard as mg
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls import DExperts, Prompt
+from moralguard.decoding.gate import Gate
 from moralguard.errors import DataError, PolicyError
 from moralguard.fitting.effect import Effect, distinct_ngrams, measure_effect
 from moralguard.fitting.strength import pareto_front, plot_search, search_strengths
@@ -95,8 +96,29 @@ def test_what_a_grid_names_must_be_there(lm: LanguageModel) -> None:
         search({"dexperts.alpa": [1.0]})
     with pytest.raises(PolicyError, match=r"several controls 'dexperts'; name one by its place, such as 0\.alpha"):
         search({"dexperts.alpha": [1.0]}, mg.Policy(controls=(POLICY.controls[0], POLICY.controls[0].replaced(alpha=1.0))))
+    with pytest.raises(PolicyError, match="has no gate"):
+        search({"gate.first_tokens": [1.0]})
+    with pytest.raises(PolicyError, match="did you mean 'first_tokens'"):
+        search({"gate.first_token": [1.0]}, POLICY.replaced(gate=Gate(first_tokens=2)))
     with pytest.raises(DataError, match="grid is empty"):
         search({})
+
+
+def test_a_gate_is_searched_too_and_one_that_never_opens_is_told(lm: LanguageModel) -> None:
+    shut = POLICY.replaced(gate=Gate(min_entropy=1e6))
+    found = search_strengths(shut, lm, PROMPTS, large_ids, {"dexperts.alpha": [0.5, 3.0]}, **MEASURED)
+    assert found.without_effect
+    found = search_strengths(shut, lm, PROMPTS, large_ids, {"gate.min_entropy": [1e6, 0.0]}, **MEASURED)
+    assert not found.without_effect
+    assert [t.effect == found.unguarded for t in found.tried] == [True, False]
+
+
+def test_controls_fitted_on_the_model_are_what_is_searched(lm: LanguageModel) -> None:
+    entry = {"model": "tiny", "fingerprint": lm.fingerprint, "controls": POLICY.controls}
+    policy = mg.Policy(controls=(), fitted=(entry,))
+    grid = {"dexperts.alpha": [3.0]}
+    found = search_strengths(policy, lm, PROMPTS, large_ids, grid, **MEASURED)
+    assert [t.effect for t in found.tried] == [t.effect for t in search_strengths(POLICY, lm, PROMPTS, large_ids, grid, **MEASURED).tried]
 
 
 def test_a_judge_must_fit_the_texts(lm: LanguageModel) -> None:

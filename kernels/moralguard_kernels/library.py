@@ -25,6 +25,7 @@ _SCHEMAS = {
         f"({_ROWS}Tensor seed, Tensor position, Tensor? slots=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
         f"Tensor? min_p=None, {_TERMS}, bool counterfactual=False, bool summary=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "score_tokens": f"({_ROWS}Tensor tokens, Tensor? slots=None, {_TERMS}) -> (Tensor, Tensor, Tensor)",
     "gumbel_noise": "(Tensor seed, Tensor position, Tensor token_ids) -> Tensor",
 }
 
@@ -61,6 +62,12 @@ def _fake_sample_logits(
     )
 
 
+def _fake_score_tokens(logits: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+
+
 def _fake_gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return token_ids.new_empty(token_ids.shape, dtype=torch.float32)
 
@@ -68,11 +75,13 @@ def _fake_gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: to
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "rectify_logits": reference_ops.rectify_logits,
     "sample_logits": reference_ops.sample_logits,
+    "score_tokens": reference_ops.score_tokens,
     "gumbel_noise": philox.gumbel_noise,
 }
 _FAKES: dict[str, Callable[..., Any]] = {
     "rectify_logits": _fake_rectify_logits,
     "sample_logits": _fake_sample_logits,
+    "score_tokens": _fake_score_tokens,
     "gumbel_noise": _fake_gumbel_noise,
 }
 
@@ -142,6 +151,33 @@ def sample_logits(
         logits, seed, position, slots, temperature, top_k, top_p, min_p, sources, groups, weights, projection, coefficients, biased,
         decay_constant, epsilon, candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
         counterfactual, summary,
+    )  # fmt: skip
+
+
+def score_tokens(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    sources: Sequence[torch.Tensor] | None = None,
+    groups: Sequence[int] | None = None,
+    weights: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
+    biased: Sequence[torch.Tensor] | None = None,
+    decay_constant: torch.Tensor | None = None,
+    epsilon: torch.Tensor | None = None,
+    candidate_ids: torch.Tensor | None = None,
+    candidate_bias: torch.Tensor | None = None,
+    candidate_count: torch.Tensor | None = None,
+    keep_rest: bool = True,
+    base_top_k: torch.Tensor | None = None,
+    base_top_p: torch.Tensor | None = None,
+    base_min_p: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``reference_ops.score_tokens`` on whatever device the logits are."""
+    return torch.ops.moralguard.score_tokens(
+        logits, tokens, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
+        candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
     )  # fmt: skip
 
 

@@ -18,11 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import levels
-from .noise import gumbel_of_words, token_words, uniform_of_words, vocabulary_words
-
-# More than the error of a float32 logarithm whose result lies within 23 of 0.
-_LOG_ERROR = 1e-3
+from . import gumbel, levels
 
 
 def _working(logits: torch.Tensor) -> torch.Tensor:
@@ -30,8 +26,11 @@ def _working(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sanitize_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Base logits [R, V] with NaN -> -inf and +inf -> the largest finite value; float32 (or float64)."""
+    """Base logits [R, V] with NaN -> -inf and +inf -> the largest finite value; float32 (or float64); themselves where nothing changes."""
     z = _working(logits)
+    # NaN wins in amax, and one look costs a third of the copy; on a GPU the answer would have to be waited for
+    if not z.is_cuda and z.numel() and bool(z.amax() < float("inf")):
+        return z
     return torch.nan_to_num(z, nan=float("-inf"), posinf=torch.finfo(z.dtype).max, neginf=float("-inf"))
 
 
@@ -187,52 +186,57 @@ def warp(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: 
 
     0 (top_k, min_p) and 1 (temperature, top_p) leave the logits as they are. The order is transformers' own.
     """
+    z = _tempered(logits, temperature)
+    if not (top_k or top_p < 1.0 or min_p > 0.0):
+        return z
+    return _keep_from(z, z, _warp_threshold(z, top_k, top_p, min_p))
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     z = _working(logits)
-    if temperature != 1.0:
-        z = (z / temperature).clamp(max=torch.finfo(z.dtype).max)
+    if temperature == 1.0:
+        return z
+    z = z / temperature
+    return z if temperature > 1 else z.clamp_(max=torch.finfo(z.dtype).max)
+
+
+def _warp_threshold(z: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """[R, 1]: v passes the three filters iff z_v >= it."""
+    lowest = torch.full_like(z[:, :1], float("-inf"))
     if top_k:
-        z = _keep_from(z, z, top_k_threshold(z, top_k))
+        lowest = top_k_threshold(z, top_k)
     if top_p < 1.0:
-        z = _keep_from(z, z, top_p_threshold(z, top_p))
+        lowest = torch.maximum(lowest, top_p_threshold(_keep_from(z, z, lowest) if top_k else z, top_p))
     if min_p > 0.0:
-        z = _keep_from(z, z, min_p_threshold(z, min_p))
-    return z
+        lowest = torch.maximum(lowest, min_p_threshold(z, min_p))
+    return lowest
 
 
 def gumbel_argmax(logits: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Exact draw from softmax(logits) by the Gumbel-max trick: i64[R]. Noise is made only for tokens that can win.
-
-    Two calls with the same (seed, position) and other logits share their noise: that is what makes the unguarded
-    counterfactual token comparable with the drawn one (arXiv 2411.07180).
+    """Exact draw from softmax(logits) by the Gumbel-max trick: i64[R]; see ``gumbel``.
 
     Args:
         logits: f[R, V]; -inf where removed. An all -inf row gives token 0; ``torch.isneginf(logits).all(-1)`` tells.
         seed, position: i64[R].
     """
-    z, keys, places = _host(logits), _host(seed), _host(position)
-    possible = z > -np.inf
-    if 2 * np.count_nonzero(possible) > z.size:
-        possible &= _can_win(z, keys, places)
-    row, ids = np.nonzero(possible)  # by row, then by id
-    if np.array_equal(row, np.arange(len(z))):  # one token each: no noise changes that
-        return torch.as_tensor(ids, device=logits.device)
-    noisy = z[row, ids] + gumbel_of_words(token_words(keys[row], places[row], ids)).astype(z.dtype)
-    drawn = np.zeros(len(z), dtype=np.int64)
-    order = np.lexsort((-noisy, row))  # stable: the lowest id comes first of equals
-    best = order[np.diff(row[order], prepend=-1) > 0]
-    drawn[row[best]] = ids[best]
-    return torch.as_tensor(drawn, device=logits.device)
+    return torch.as_tensor(gumbel.gumbel_argmax(_host(logits), _host(seed), _host(position)), device=logits.device)
 
 
-def _can_win(z: NDArray[Any], seed: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool[R, V]: tokens whose noisy logit can be a row's largest, as -log u bounds the noise from above."""
-    words = vocabulary_words(seed, position, z.shape[-1])
-    # the rounding of a sum is monotone, so a bound on the noise bounds the noisy logit
-    bound = z + (np.float32(_LOG_ERROR) - np.log(uniform_of_words(words))).astype(z.dtype)
-    first = (np.arange(len(z)), bound.argmax(-1))
-    least = z[first] + gumbel_of_words(words[first]).astype(z.dtype)
-    found: NDArray[np.bool_] = bound >= least[:, None]
-    return found
+def warped_draw(
+    logits: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    """``gumbel_argmax`` of ``warp``: i64[R], without storing the warped logits."""
+    z = _tempered(logits, temperature)
+    if not (top_k or top_p < 1.0 or min_p > 0.0):
+        return gumbel_argmax(z, seed, position)
+    threshold = _host(_warp_threshold(z, top_k, top_p, min_p))
+    return torch.as_tensor(gumbel.gumbel_argmax(_host(z), _host(seed), _host(position), threshold), device=logits.device)
 
 
 def kl_divergence(guarded: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

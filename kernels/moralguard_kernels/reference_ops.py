@@ -105,6 +105,33 @@ def rectify_logits(
     Returns:
         f32[N, V] (f64 for f64 logits): -inf where vetoed or removed.
     """
+    rectified = _rectified(
+        logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
+        candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
+    )  # fmt: skip
+    return rectified.clone() if rectified is logits else rectified  # what an op returns is never its argument
+
+
+def _rectified(
+    logits: torch.Tensor,
+    slots: torch.Tensor | None,
+    sources: Sequence[torch.Tensor] | None,
+    groups: Sequence[int] | None,
+    weights: torch.Tensor | None,
+    projection: torch.Tensor | None,
+    coefficients: torch.Tensor | None,
+    biased: Sequence[torch.Tensor] | None,
+    decay_constant: torch.Tensor | None,
+    epsilon: torch.Tensor | None,
+    candidate_ids: torch.Tensor | None,
+    candidate_bias: torch.Tensor | None,
+    candidate_count: torch.Tensor | None,
+    keep_rest: bool,
+    base_top_k: torch.Tensor | None,
+    base_top_p: torch.Tensor | None,
+    base_min_p: torch.Tensor | None,
+) -> torch.Tensor:
+    """``rectify_logits``, which may be the logits themselves."""
     z = rows.sanitize_logits(logits)
     deltas = _mixes(z, sources or (), groups or (), _of_row(weights, slots))
     if projection is not None and coefficients is not None:
@@ -172,7 +199,7 @@ def sample_logits(
         (token i64[N], log_probability f32[N], kl f32[N], flags i32[N], counterfactual i64[N], empty unless asked for).
         log_probability is the token's and kl is KL(guarded || base), both of the rectified law at temperature 1 before the warp.
     """
-    guarded = rectify_logits(
+    guarded = _rectified(
         logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
         candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
     )  # fmt: skip
@@ -189,6 +216,64 @@ def sample_logits(
         log_probability = log_law.gather(-1, token[:, None])[:, 0].masked_fill(emptied, float("-inf")).float()
         kl = rows.kl_divergence(guarded, rows.sanitize_logits(logits)).masked_fill(emptied, 0.0).float()
     return token, log_probability, kl, flags, other
+
+
+def score_tokens(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    sources: Sequence[torch.Tensor] | None = None,
+    groups: Sequence[int] | None = None,
+    weights: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
+    biased: Sequence[torch.Tensor] | None = None,
+    decay_constant: torch.Tensor | None = None,
+    epsilon: torch.Tensor | None = None,
+    candidate_ids: torch.Tensor | None = None,
+    candidate_bias: torch.Tensor | None = None,
+    candidate_count: torch.Tensor | None = None,
+    keep_rest: bool = True,
+    base_top_k: torch.Tensor | None = None,
+    base_top_p: torch.Tensor | None = None,
+    base_min_p: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the rectified law, at temperature 1 and before any warp, says of one given token a row. See the module for the terms.
+
+    Serves the guarded score of a given text (a row a position) and a control's share in a drawn token: its log-odds with the control
+    less those without it.
+
+    Args:
+        logits: f[N, V], the base.
+        tokens: i64[N], each inside the vocabulary.
+
+    Returns:
+        (log_probability, log_odds, kl), each f32[N] (f64 for f64 logits; the sums are float64 either way).
+        log_odds is log p / (1 - p): -inf for a token that the law doesn't hold, +inf for the only one that it does. kl is
+        KL(guarded || base), 0 in a row that has no token left.
+    """
+    base = rows.sanitize_logits(logits)
+    guarded = _rectified(
+        logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
+        candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
+    )  # fmt: skip
+    emptied = torch.isneginf(guarded.amax(-1))
+    odds = _log_odds(guarded.double(), tokens)
+    # -log(1 + exp(-odds)), which loses nothing where p is close to 1
+    log_probability = torch.nn.functional.logsigmoid(odds)
+    kl = rows.kl_divergence(guarded.double(), base.double()).masked_fill(emptied, 0.0)
+    return log_probability.to(base.dtype), odds.to(base.dtype), kl.to(base.dtype)
+
+
+def _log_odds(z: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log p / (1 - p) of one token a row, f64[N], from f64[N, V]; the other tokens are summed without it, never by a difference."""
+    own = z.gather(-1, tokens[:, None])[:, 0]
+    others = z.scatter(-1, tokens[:, None], float("-inf"))
+    top = others.amax(-1)
+    # log_softmax of the largest is the logsumexp relative to it; unlike logsumexp it sums a row in one order whatever the batch
+    odds = own - top + torch.log_softmax(others, -1).amax(-1)
+    odds = odds.masked_fill(torch.isneginf(top), float("inf"))
+    return odds.masked_fill(torch.isneginf(own), float("-inf"))
 
 
 def draw(
@@ -221,4 +306,4 @@ def _draw_alike(
 ) -> torch.Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    return rows.gumbel_argmax(rows.warp(logits, temperature, top_k, top_p, min_p), seed, position)
+    return rows.warped_draw(logits, seed, position, temperature, top_k, top_p, min_p)

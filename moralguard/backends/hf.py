@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache
@@ -62,6 +62,8 @@ class LanguageModel:
         tokenizer: its tokenizer, or None where prompts are token ids.
         name: how messages name it.
     """
+
+    arrays: ClassVar[str] = "torch"
 
     model: Any
     tokenizer: Any = None

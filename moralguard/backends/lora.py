@@ -18,6 +18,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from moralguard.backends.hf import LanguageModel
+from moralguard.backends.lora_folder import is_adapter_folder as is_adapter_folder
 from moralguard.backends.tensor_files import load_tensors
 from moralguard.errors import ModelError
 
@@ -38,10 +39,6 @@ class LoraAdapter:
 
     name: str
     weights: tuple[AdaptedModule, ...]
-
-
-def is_adapter_folder(path: str | Path) -> bool:
-    return (Path(path) / "adapter_config.json").is_file()
 
 
 def load_adapter(path: str | Path, lm: LanguageModel) -> LoraAdapter:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-import torch
-
-from moralguard.backends.hf import LanguageModel
+from moralguard.backends.arrays import is_tensor
 from moralguard.errors import PromptError
 
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
+
 Message = dict[str, str]
-PromptLike = str | Sequence[int] | Sequence[Message] | torch.Tensor
+PromptLike = Union[str, Sequence[int], Sequence[Message], "torch.Tensor"]
 """A text, token ids, or chat messages ``[{"role": ..., "content": ...}]``."""
 
 _SENTINEL = "\u2402moralguard\u2403"
@@ -27,8 +30,8 @@ def is_single(prompts: Any) -> bool:
     """Whether this is one prompt rather than a list of them."""
     if isinstance(prompts, str) or is_chat(prompts):
         return True
-    if isinstance(prompts, torch.Tensor):
-        return prompts.ndim == 1
+    if is_tensor(prompts):
+        return bool(prompts.ndim == 1)
     return isinstance(prompts, (list, tuple)) and bool(prompts) and isinstance(prompts[0], Integral)
 
 
@@ -40,7 +43,7 @@ def as_batch(prompts: Any) -> list[Any]:
     """
     if is_single(prompts):
         return [prompts]
-    if isinstance(prompts, torch.Tensor):
+    if is_tensor(prompts):
         if prompts.ndim != 2 or prompts.shape[0] != 1:
             raise PromptError(
                 f"a tensor of shape {tuple(prompts.shape)} doesn't say which ids are padding; give a list with each prompt's unpadded ids"
@@ -59,8 +62,8 @@ def encode_prompt(lm: LanguageModel, prompt: PromptLike, where: str) -> list[int
     Raises:
         PromptError: it is empty, of a wrong type, holds ids outside the vocabulary, or doesn't fit the model's context.
     """
-    if isinstance(prompt, torch.Tensor):
-        prompt = prompt.tolist()
+    if is_tensor(prompt):
+        prompt = prompt.tolist()  # type: ignore[union-attr]
     if isinstance(prompt, str) or is_chat(prompt):
         ids = _encode_text(lm, prompt, where)  # type: ignore[arg-type]
     elif isinstance(prompt, (list, tuple)) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in prompt):

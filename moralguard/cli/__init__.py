@@ -1,4 +1,4 @@
-"""The command line: ``moralguard generate``, ``score``, ``policy``, ``pack`` and ``fit``."""
+"""The command line: ``moralguard generate``, ``score``, ``policy``, ``pack``, ``fit`` and ``export``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moralguard import __version__
-from moralguard.cli import fit, generate, pack, policy, score
+from moralguard.cli import export, fit, generate, pack, policy, score
 from moralguard.cli.console import err, out
 from moralguard.errors import ControlError, GuardError
 
@@ -16,6 +16,7 @@ app = typer.Typer(name="moralguard", help="Guard middleware for text generation.
 # modules are imported and not the functions: a function `generate` here would hide the module of that name
 app.command("generate")(generate.generate)
 app.command("score")(score.score)
+app.command("export")(export.export)
 app.add_typer(policy.app)
 app.add_typer(pack.app)
 app.add_typer(fit.fit_app)

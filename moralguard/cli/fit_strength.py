@@ -65,6 +65,9 @@ def strength(
         table.add_row(*(f"{v:g}" for v in item.settings.values()), *_cells(item.effect), ratio, mark)
     out.print(table)
     plot_search(search, folder / "front.png")
+    if search.without_effect:
+        reason = " (the gate may never open: search gate.min_risk, too)" if search.policy is not None and search.policy.gate else ""
+        err.print(f"no combination changed any text: these prompts don't move the controls{reason}", markup=False)
     if search.policy is None:
         raise DataError(f"no combination stays under {most_perplexity} times the unguarded perplexity; try smaller strengths")
     (folder / "policy.yaml").write_text(search.policy.as_yaml(), encoding="utf-8")

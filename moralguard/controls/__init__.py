@@ -12,7 +12,8 @@ _HOMES = {
     "moralguard.controls.base": ("BoundControl", "Control"),
     "moralguard.controls.dexperts": ("DExperts",),
     "moralguard.controls.experts": ("Prompt",),
-    "moralguard.controls.fudge": ("FactoredHead", "Fudge"),
+    "moralguard.backends.factored_head": ("FactoredHead",),
+    "moralguard.controls.fudge": ("Fudge",),
     "moralguard.controls.nullspace": ("NullspaceProjection",),
     "moralguard.controls.pplm": ("PPLM",),
     "moralguard.controls.self_debias": ("SelfDebias",),
@@ -25,10 +26,11 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 
 if TYPE_CHECKING:  # names are re-exported lazily below
     # ruff: noqa: F401
+    from moralguard.backends.factored_head import FactoredHead
     from moralguard.controls.base import BoundControl, Control
     from moralguard.controls.dexperts import DExperts
     from moralguard.controls.experts import Prompt
-    from moralguard.controls.fudge import FactoredHead, Fudge
+    from moralguard.controls.fudge import Fudge
     from moralguard.controls.nullspace import NullspaceProjection
     from moralguard.controls.pplm import PPLM
     from moralguard.controls.self_debias import SelfDebias

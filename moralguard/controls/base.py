@@ -1,5 +1,7 @@
 """What a control is: settings (a frozen pydantic model) and, once bound to a model, pure functions of a step.
 
+Arrays are torch tensors, or NumPy arrays on a model without torch; ``step.arrays`` has the functions for either, under the same names.
+
 A control keeps no state between steps. What it must remember of a request it declares as columns, tensors with one row a
 request, which the session moves, forks and drops with the request.
 """
@@ -7,17 +9,20 @@ request, which the session moves, forks and drops with the request.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, TypeVar
-
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from moralguard.backends.capabilities import Capabilities
-from moralguard.backends.hf import LanguageModel
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Terms
 from moralguard.schema import StrictModel
 from moralguard.values import Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
 
 
 class Control(StrictModel, ABC):
@@ -26,10 +31,12 @@ class Control(StrictModel, ABC):
     Class attributes:
         control_name: the name in policies.
         version: grows when the meaning of saved settings changes.
+        any_arrays: the bound control computes with ``step.arrays`` alone, so that it runs on models of NumPy arrays (ONNX), too.
     """
 
     control_name: ClassVar[str]
     version: ClassVar[int] = 1
+    any_arrays: ClassVar[bool] = False
 
     @classmethod
     def versioned_name(cls) -> str:
@@ -53,6 +60,10 @@ class Control(StrictModel, ABC):
         ``attach`` has the states for nothing.
         """
         return False
+
+    def instead(self, missing: Sequence[str]) -> str:
+        """What to do where the model lacks these capabilities, for the end of an error message."""
+        return "drop the control or use another model"
 
     @abstractmethod
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema, field_validator
 
 from moralguard.backends.capabilities import Capabilities
-from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl, Control
 from moralguard.controls.experts import Prompt, bind_expert, is_expert_pack
 from moralguard.decoding.passes import Pass
@@ -17,6 +16,9 @@ from moralguard.errors import PolicyError
 from moralguard.packs import read_pack
 from moralguard.values import Value
 
+if TYPE_CHECKING:
+    from moralguard.backends.hf import LanguageModel
+
 Expert = Annotated[
     Any,
     WithJsonSchema(
@@ -24,7 +26,7 @@ Expert = Annotated[
             "anyOf": [
                 {
                     "type": "string",
-                    "description": "pack, LoRA adapter or model folder, pack:NAME, GGUF file or Hugging Face id",
+                    "description": "pack, LoRA adapter or model folder, pack:NAME, GGUF or ONNX file, or Hugging Face id",
                 },
                 {"type": "object", "properties": {"prompt": {"type": ["string", "array"]}}, "required": ["prompt"]},
                 {"type": "null"},
@@ -43,13 +45,14 @@ class DExperts(Control):
 
     Args:
         expert: z+; a Prompt on the base's own weights, a model, a pack (folder or ``pack:NAME``), a LoRA adapter folder, a folder,
-            GGUF file or hub id, or None.
+            GGUF file or hub id, or None. On an ONNX model a Prompt or another ONNX model (folder or file).
         anti_expert: z-; likewise. With both None the prompts are derived from the policy's values.
         alpha: strength; 0 deactivates.
         filter_p: nucleus of the base that stays, in (0, 1]; 1 keeps everything.
     """
 
     control_name: ClassVar[str] = "dexperts"
+    any_arrays: ClassVar[bool] = True
 
     expert: Expert = None
     anti_expert: Expert = None

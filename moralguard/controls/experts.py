@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from moralguard.backends.hf import LanguageModel
-from moralguard.backends.lora import is_adapter_folder, load_adapter
+from moralguard.backends.arrays import is_language_model, kind_of, weights_of
+from moralguard.backends.lora_folder import is_adapter_folder
+from moralguard.backends.onnx.load import is_onnx_source
 from moralguard.backends.prompts import encode_words
 from moralguard.decoding.passes import Pass
 from moralguard.errors import ModelError, PolicyError
 from moralguard.packs import PREFIX, is_pack, read_pack
 from moralguard.schema import StrictModel
+
+if TYPE_CHECKING:
+    from moralguard.backends.hf import LanguageModel
 
 
 class Prompt(StrictModel):
@@ -56,10 +60,10 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
 
     Args:
         expert: a ``Prompt``, a model, (model, tokenizer), a pack (folder or ``pack:NAME``), a LoRA adapter folder, a local folder,
-            GGUF file or hub id.
+            GGUF or ONNX file, or hub id.
 
     Raises:
-        ModelError: it can't be loaded, is a pack of another model, or has another vocabulary.
+        ModelError: it can't be loaded, is a pack of another model, has another vocabulary, or runs on another backend than the base.
         PolicyError: its type is none of these.
     """
     if isinstance(expert, Prompt):
@@ -67,14 +71,37 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
     if is_expert_pack(expert):
         pack = read_pack(expert, "lora-expert")
         pack.check(lm)
-        return Pass(lm, adapter=load_adapter(pack.folder, lm))
+        return _adapted(lm, pack.folder, str(expert), where)
     if isinstance(expert, (str, Path)) and is_adapter_folder(expert):
-        return Pass(lm, adapter=load_adapter(expert, lm))
+        return _adapted(lm, expert, str(expert), where)
+    if isinstance(expert, (str, Path)):
+        _check_same_backend(lm, str(expert), "numpy" if is_onnx_source(expert) else "torch", where)  # before it is loaded
     other = as_language_model(expert, where)
-    if other.model is lm.model:
+    if weights_of(other) is weights_of(lm):
         return Pass(lm)
+    _check_same_backend(lm, other.name, kind_of(other), where)
     check_same_vocabulary(lm, other, where)
     return Pass(other)
+
+
+def _check_same_backend(lm: LanguageModel, name: str, kind: str, where: str) -> None:
+    if kind != kind_of(lm):
+        onnx, plain = (lm.name, name) if kind == "torch" else (name, lm.name)
+        raise ModelError(
+            f"{where} and its base run on different backends: {onnx} on ONNX Runtime, {plain} on PyTorch; use two of a kind "
+            "(`moralguard export` writes a PyTorch model as ONNX)"
+        )
+
+
+def _adapted(lm: LanguageModel, folder: str | Path, source: str, where: str) -> Pass:
+    if kind_of(lm) != "torch":
+        raise ModelError(
+            f"{where} is the LoRA adapter {source}, which needs a PyTorch model; {lm.name} runs on ONNX Runtime. Export the expert with "
+            f"the adapter merged, `moralguard export MODEL OUT --adapter {source}`, and give OUT as the expert"
+        )
+    from moralguard.backends.lora import load_adapter
+
+    return Pass(lm, adapter=load_adapter(folder, lm))
 
 
 def is_expert_pack(expert: Any) -> bool:
@@ -85,16 +112,17 @@ def is_expert_pack(expert: Any) -> bool:
 
 
 def as_language_model(source: Any, where: str) -> LanguageModel:
-    if isinstance(source, LanguageModel):
-        return source
+    if is_language_model(source):
+        found: LanguageModel = source
+        return found
     if isinstance(source, (str, Path)):
         from moralguard.models import load_model
 
         return load_model(str(source))
-    if isinstance(source, tuple) and len(source) == 2:
-        return LanguageModel(*source)
-    if hasattr(source, "generate") and hasattr(source, "config"):
-        return LanguageModel(source)
+    if (isinstance(source, tuple) and len(source) == 2) or (hasattr(source, "generate") and hasattr(source, "config")):
+        from moralguard.backends.hf import LanguageModel
+
+        return LanguageModel(*source) if isinstance(source, tuple) else LanguageModel(source)
     raise PolicyError(
         f"{where} is a {type(source).__name__}; expected Prompt(...), a model, (model, tokenizer), a pack, a LoRA adapter folder, a "
         "model folder, a GGUF file or a Hugging Face id"

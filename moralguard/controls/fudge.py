@@ -6,14 +6,13 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field, WithJsonSchema, field_validator
 
+from moralguard.backends.arrays import kind_of
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.factored_head import FactoredHead
-from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
@@ -21,10 +20,16 @@ from moralguard.errors import PolicyError
 from moralguard.packs import is_pack, read_pack
 from moralguard.values import Value
 
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
+
 _LARGEST_LOGIT = 1e4
 
-FutureDiscriminator = Callable[..., torch.Tensor]
-"""(token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] of P(v | prefix, candidate)."""
+FutureDiscriminator = Callable[..., "torch.Tensor"]
+"""(token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] of P(v | prefix, candidate); torch tensors,
+or NumPy arrays on an ONNX model."""
 
 Discriminator = Annotated[
     Any, WithJsonSchema({"type": "string", "description": "pack folder, pack:NAME or safetensors file with a factored head"})
@@ -39,12 +44,14 @@ class Fudge(Control):
 
     Args:
         discriminator: a callable (token_ids i64[B, T], candidates i64[B, C], attention_mask=i64[B, T]) -> logits f[B, C] with
-            left-padded rows, a ``FactoredHead``, a pack (folder or ``pack:NAME``), or the safetensors file of one.
+            left-padded rows (tensors, or NumPy arrays on an ONNX model), a ``FactoredHead``, a pack (folder or ``pack:NAME``), or the
+            safetensors file of one.
         strength: lambda of the paper: 1.0, 4.0 for topics; 0 deactivates.
         top_k: candidates that are scored (the paper's precondition_topk).
     """
 
     control_name: ClassVar[str] = "fudge"
+    any_arrays: ClassVar[bool] = True
 
     discriminator: Discriminator
     strength: Annotated[float, Field(ge=0)] = 1.0
@@ -77,7 +84,7 @@ class Fudge(Control):
 
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundControl[Fudge]:
         if isinstance(self.discriminator, str):
-            return FactoredFudge(self, lm, _load_head(self.discriminator, lm))
+            return FactoredFudge(self, lm, _load_head(self.discriminator, lm, kind_of(lm)))
         if isinstance(self.discriminator, FactoredHead):
             return FactoredFudge(self, lm, self.discriminator)
         return CallableFudge(self, lm)
@@ -86,15 +93,16 @@ class Fudge(Control):
 class _BoundFudge(BoundControl[Fudge]):
     def terms(self, step: Step) -> Terms:
         # The released code takes exactly top_k candidates, whichever of tied ones comes first.
-        top = torch.topk(step.logits, min(self.settings.top_k, step.logits.shape[-1]), dim=-1)
-        scores = self.score(step, top.indices)
-        if scores.shape != top.indices.shape:
-            raise ValueError(f"the discriminator gave logits of shape {tuple(scores.shape)}; expected {tuple(top.indices.shape)}")
-        if bool(torch.isnan(scores).any()):
+        arrays = step.arrays
+        _, ids = arrays.top_k(step.logits, min(self.settings.top_k, step.logits.shape[-1]))
+        scores = self.score(step, ids)
+        if scores.shape != ids.shape:
+            raise ValueError(f"the discriminator gave logits of shape {tuple(scores.shape)}; expected {tuple(ids.shape)}")
+        if bool(arrays.isnan(scores).any()):
             raise ValueError("the discriminator gave NaN; its logits must be numbers")
         # a logit of -inf is a probability of 0: as good as removed, where a non-finite bias would count as none
-        bias = self.settings.strength * torch.nn.functional.logsigmoid(scores.float().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT))
-        return Terms((Sparse(top.indices, bias, keep_rest=False),))
+        bias = self.settings.strength * arrays.log_sigmoid(arrays.clamp(arrays.as_float(scores), -_LARGEST_LOGIT, _LARGEST_LOGIT))
+        return Terms((Sparse(ids, bias, keep_rest=False),))
 
     @abstractmethod
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
@@ -108,7 +116,8 @@ class CallableFudge(_BoundFudge):
 
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         keywords = {self._mask_keyword: step.mask} if self._mask_keyword else {}
-        return self.settings.discriminator(step.history, candidates, **keywords).to(step.logits.device)
+        scores: torch.Tensor = step.arrays.beside(self.settings.discriminator(step.history, candidates, **keywords), step.logits)
+        return scores
 
 
 class FactoredFudge(_BoundFudge):
@@ -125,22 +134,22 @@ class FactoredFudge(_BoundFudge):
         if head.query.shape[0] != head.key.shape[0]:
             shapes = f"{tuple(head.query.shape)} and key {tuple(head.key.shape)}"
             raise PolicyError(f"fudge query has shape {shapes}; expected [k, {width}] for both")
-        self._head = head.project(lm.head, lm.device)
+        self._head = head.project(lm.head, getattr(lm, "device", None))
 
     def score(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         if step.hidden is None:
             raise RuntimeError("fudge with a factored head needs hidden states")
-        return self._head.scores(step.hidden.float(), candidates)
+        return self._head.scores(step.arrays.as_float(step.hidden), candidates)
 
 
-def _load_head(source: str, lm: LanguageModel | None = None) -> FactoredHead:
-    """The head of a pack, checked against the model where one is given; or that of a bare file."""
+def _load_head(source: str, lm: LanguageModel | None = None, kind: str = "numpy") -> FactoredHead:
+    """The head of a pack, checked against the model where one is given; or that of a bare file. ``kind`` of arrays: "torch", "numpy"."""
     if not is_pack(source):
-        return FactoredHead.load(source)
+        return FactoredHead.load(source, kind)
     pack = read_pack(source, "prefix-head")
     if lm is not None:
         pack.check(lm)
-    return FactoredHead.load(pack.folder)
+    return FactoredHead.load(pack.folder, kind)
 
 
 def _mask_keyword(function: FutureDiscriminator) -> str | None:

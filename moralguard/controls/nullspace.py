@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-import torch
 from pydantic import Field, WithJsonSchema, field_validator
 
-import moralguard_kernels as ops
+from moralguard.backends.arrays import Array, is_tensor, namespace, namespace_for, namespace_of
 from moralguard.backends.capabilities import Capabilities
-from moralguard.backends.hf import LanguageModel
-from moralguard.backends.tensor_files import load_tensors
+from moralguard.backends.tensor_files import load_arrays
 from moralguard.controls.base import BoundControl, Control
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Dense, LowRank, Terms
 from moralguard.errors import PolicyError
 from moralguard.packs import is_pack, read_pack
 from moralguard.values import Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
 
 _ORTHONORMAL_TOLERANCE = 1e-3
 
@@ -50,6 +53,7 @@ class NullspaceProjection(Control):
     """
 
     control_name: ClassVar[str] = "nullspace"
+    any_arrays: ClassVar[bool] = True
 
     basis: Basis
     keep: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -67,7 +71,7 @@ class NullspaceProjection(Control):
     @field_validator("direction", mode="before")
     @classmethod
     def _read_direction(cls, direction: Any) -> Any:
-        return None if direction is None else _as_tensor(direction).reshape(-1)
+        return None if direction is None else _as_array(direction).reshape(-1)
 
     @classmethod
     def from_classifiers(cls, weights: Sequence[Any], **settings: Any) -> Self:
@@ -75,24 +79,34 @@ class NullspaceProjection(Control):
 
         R_i = projector on the row space of W_i; P = I - projector on the row space of sum_i R_i (Ravfogel et al., algorithm 1).
         """
-        rows = [_as_tensor(w).reshape(-1, _as_tensor(w).shape[-1]).double() for w in weights]
-        total = torch.stack([_row_space(w) @ _row_space(w).T for w in rows]).sum(0)
-        return cls(basis=_row_space(total).float(), **settings)
+        arrays = namespace("torch" if any(is_tensor(w) for w in weights) else "numpy")
+        rows = [arrays.float_array(_as_array(w)) for w in weights]
+        spaces = [_row_space(arrays.as_double(w.reshape(-1, w.shape[-1]))) for w in rows]
+        total = arrays.stack([space @ space.T for space in spaces]).sum(0)
+        return cls(basis=arrays.as_float(_row_space(total)), **settings)
 
     def projection(self) -> torch.Tensor:
-        """P f32[d, d], for inspection: symmetric and idempotent. Decoding never builds it."""
-        u_in, u_out, _, _ = self.arrays()
-        return torch.eye(u_in.shape[0]) - u_out @ u_in.T
+        """P f32[d, d] as a torch tensor, for inspection: symmetric and idempotent. Decoding never builds it."""
+        arrays = namespace("torch")
+        u_in, u_out = (arrays.float_array(part) for part in self.arrays()[:2])
+        found: torch.Tensor = arrays.eye(u_in.shape[0]) - u_out @ u_in.T
+        return found
 
-    def arrays(self, lm: LanguageModel | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def arrays(self, lm: LanguageModel | None = None) -> tuple[Array, Array, Array | None, Array | None]:
         """(U_in f32[d, r], U_out f32[d, r], mu f32[d] or None, direction f32[d] or None), read where ``basis`` names a pack or file.
+
+        As the model's kind of arrays, on its device; without a model as they were given, those of a file as NumPy arrays.
 
         Raises:
             PolicyError, ModelError: it can't be read any more, or is a pack of another model than ``lm``.
         """
         basis, direction = _load(self.basis, lm) if isinstance(self.basis, str) else (self.basis, None)
         u_in, u_out, mu = basis if isinstance(basis, tuple) else (basis, basis, None)
-        return u_in, u_out, mu, direction if self.direction is None else self.direction
+        found = (u_in, u_out, mu, direction if self.direction is None else self.direction)
+        if lm is None:
+            return found
+        arrays = namespace_of(lm)
+        return tuple(None if part is None else arrays.float_array(part, lm) for part in found)  # type: ignore[return-value]
 
     @property
     def active(self) -> bool:
@@ -116,18 +130,16 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
         if lm.head is None:
             raise PolicyError(f"nullspace needs the unembedding of {lm.name}, which has no head of a known form")
         self.head = lm.head
-        u_in, u_out, mu, direction = settings.arrays(lm)
+        self.u_in, u_out, self.mu, direction = settings.arrays(lm)
         width = self.head.weight.shape[1]
-        if u_in.shape[0] != width:
+        if self.u_in.shape[0] != width:
             raise PolicyError(
-                f"nullspace basis has shape {tuple(u_in.shape)}, but {lm.name} has hidden states of {width}: expected [{width}, r]"
+                f"nullspace basis has shape {tuple(self.u_in.shape)}, but {lm.name} has hidden states of {width}: expected [{width}, r]"
             )
-        self.u_in = u_in.to(lm.device, torch.float32)
-        self.mu = None if mu is None else mu.to(lm.device, torch.float32)
         self.projected = self.head.project(u_out)  # E U_out, f32[V, r]
         self.cosines = self._cosines(direction) if settings.adaptive else None
 
-    def _cosines(self, direction: torch.Tensor | None) -> torch.Tensor:
+    def _cosines(self, direction: Array | None) -> Array:
         """(e_v . g) / ||e_v|| for every token, f32[V]."""
         if direction is None and self.u_in.shape[1] == 1:
             direction = self.u_in[:, 0]
@@ -135,56 +147,61 @@ class BoundNullspace(BoundControl[NullspaceProjection]):
         if direction is None or direction.shape != (width,):
             shape = None if direction is None else tuple(direction.shape)
             raise PolicyError(f"adaptive nullspace needs the bias direction g, f[{width}], for {self.lm.name}; got {shape}")
-        return self.head.project(direction[:, None])[:, 0] / self.head.weight.float().norm(dim=-1).clamp_min(1e-12)
+        arrays = namespace_of(self.lm)
+        return self.head.project(direction[:, None])[:, 0] / arrays.clamp(arrays.norms(arrays.as_float(self.head.weight)), 1e-12)
 
     def keep(self, step: Step) -> torch.Tensor:
         """a f32[R]: the fixed share, or A-INLP's."""
         if self.cosines is None:
             return step.weight(self.settings.keep)
-        nucleus = step.logits >= ops.top_p_threshold(step.logits, _BIAS_NUCLEUS)
-        bias = ops.row_products(self.cosines[None], step.probabilities * nucleus)[:, 0]
+        arrays = step.arrays
+        nucleus = step.logits >= arrays.ops.top_p_threshold(step.logits, _BIAS_NUCLEUS)
+        bias = arrays.ops.row_products(self.cosines[None], step.probabilities * nucleus)[:, 0]
         low, high = _BIAS_BAND
-        return torch.where((bias >= low) & (bias <= high), torch.ones_like(bias), (1 - bias.abs()).clamp_min(_LEAST_KEEP))
+        keep: torch.Tensor = arrays.where((bias >= low) & (bias <= high), step.weight(1.0), arrays.clamp(1 - abs(bias), _LEAST_KEEP))
+        return keep
 
     def terms(self, step: Step) -> Terms:
-        if step.hidden is None or step.head_logits is None:
+        if step.hidden is None or (step.head_logits is None and self.head.softcap is not None):
             raise RuntimeError("nullspace needs hidden states")
-        keep = self.keep(step)
-        centred = step.hidden.float() if self.mu is None else step.hidden.float() - self.mu
-        coefficients = ops.row_products(self.u_in.T, centred) * (keep - 1)[:, None]
+        arrays, keep = step.arrays, self.keep(step)
+        hidden = arrays.as_float(step.hidden)
+        centred = hidden if self.mu is None else hidden - self.mu
+        coefficients = arrays.ops.row_products(self.u_in.T, centred) * (keep - 1)[:, None]
         rows = None if self.cosines is None else keep != 1
         if self.head.softcap is None:
             return Terms((LowRank(self.projected, coefficients * self.head.scale),), rows)
-        shift = ops.low_rank_delta(self.projected, coefficients)
-        return Terms((Dense(self.head.delta(step.head_logits.float(), shift)),), rows)
+        shift = arrays.ops.low_rank_delta(self.projected, coefficients)
+        return Terms((Dense(self.head.delta(arrays.as_float(step.head_logits), shift)),), rows)
 
 
-def _as_tensor(value: Any) -> torch.Tensor:
+def _as_array(value: Any) -> Array:
+    """f32 on the CPU: a tensor stays a tensor, everything else becomes a NumPy array; a model is given its own kind."""
     try:
-        tensor = torch.as_tensor(value).detach().to(device="cpu", dtype=torch.float32)
+        array = namespace("torch" if is_tensor(value) else "numpy").float_array(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PolicyError(f"a nullspace array is a {type(value).__name__}; expected a tensor or an array: U [d, r]") from error
-    if not bool(torch.isfinite(tensor).all()):
-        raise PolicyError(f"a nullspace array of shape {tuple(tensor.shape)} holds values that aren't finite")
-    return tensor
+    if not bool(namespace_for(array).isfinite(array).all()):
+        raise PolicyError(f"a nullspace array of shape {tuple(array.shape)} holds values that aren't finite")
+    return array
 
 
 def _checked(basis: Any) -> Any:
     """U f32[d, r], or (U_in, U_out, mu), once it is known to be one."""
     if isinstance(basis, (tuple, list)) and len(basis) == 3 and not isinstance(basis[0], (int, float)):
-        u_in, u_out, mu = (_as_tensor(part) for part in basis)
+        u_in, u_out, mu = (_as_array(part) for part in basis)
         if u_in.ndim != 2 or u_in.shape != u_out.shape or mu.shape != u_in.shape[:1]:
             raise PolicyError(
                 "a LEACE basis is (U_in [d, r], U_out [d, r], mu [d]); got shapes "
                 f"{tuple(u_in.shape)}, {tuple(u_out.shape)}, {tuple(mu.shape)}"
             )
         return (u_in, u_out, mu)
-    u = _as_tensor(basis)
+    u = _as_array(basis)
     if u.ndim == 1:
         u = u[:, None]
     if u.ndim != 2:
         raise PolicyError(f"basis has {u.ndim} dimensions; expected U [d, r] with orthonormal columns")
-    error = (u.T @ u - torch.eye(u.shape[1], dtype=u.dtype)).abs().max()
+    error = abs(u.T @ u - namespace_for(u).eye(u.shape[1])).max()
     if not error <= _ORTHONORMAL_TOLERANCE:
         raise PolicyError(
             f"basis isn't orthonormal: U^T U differs from the identity by up to {float(error):.3g} (shape {tuple(u.shape)}); "
@@ -193,7 +210,7 @@ def _checked(basis: Any) -> Any:
     return u
 
 
-def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, torch.Tensor | None]:
+def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, Array | None]:
     """(basis, direction) of a pack, checked against the model where one is given; or of a bare file."""
     if is_pack(source):
         pack = read_pack(source, "subspace")
@@ -206,8 +223,8 @@ def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, torch.Tens
             raise PolicyError(
                 f"basis file {source!r} isn't there; expected a pack, or a safetensors file with basis, or with U_in, U_out and mu"
             )
-    tensors = load_tensors(path)
-    direction = _as_tensor(tensors["direction"]).reshape(-1) if "direction" in tensors else None
+    tensors = load_arrays(path)
+    direction = _as_array(tensors["direction"]).reshape(-1) if "direction" in tensors else None
     if "basis" in tensors:
         return _checked(tensors["basis"]), direction
     if {"U_in", "U_out", "mu"} <= tensors.keys():
@@ -215,7 +232,7 @@ def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, torch.Tens
     raise PolicyError(f"{path} holds {', '.join(sorted(tensors))}; expected basis, or U_in, U_out and mu")
 
 
-def _row_space(matrix: torch.Tensor) -> torch.Tensor:
+def _row_space(matrix: Array) -> Array:
     """Orthonormal basis [d, r] of the row space of [n, d], small singular values left out relative to the largest."""
-    _, singular, vt = torch.linalg.svd(matrix, full_matrices=False)
+    _, singular, vt = namespace_for(matrix).svd(matrix)
     return vt[singular > singular.max() * 1e-6].T

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from moralguard.backends.capabilities import Capabilities
-from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl, Control
 from moralguard.controls.experts import Prompt
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Attenuation, Terms
 from moralguard.errors import PolicyError
 from moralguard.values import Value
+
+if TYPE_CHECKING:
+    from moralguard.backends.hf import LanguageModel
 
 
 class SelfDebias(Control):
@@ -30,6 +32,7 @@ class SelfDebias(Control):
     """
 
     control_name: ClassVar[str] = "self-debias"
+    any_arrays: ClassVar[bool] = True
 
     prefixes: tuple[str | tuple[int, ...], ...] | None = None
     decay_constant: Annotated[float, Field(ge=0)] = 50.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def follow(before: torch.Tensor, now: torch.Tensor) -> Continuation | None:
     """
     width = now.shape[1]
     if width == before.shape[1] + 1:
-        if now.shape[0] == before.shape[0] and torch.equal(now[:, :-1], before):
+        if now.shape[0] == before.shape[0] and bool((now[:, :-1] == before).all()):
             return Continuation(None, 0, now[:, -1:])
         same = (now[:, None, :-1] == before[None]).all(-1)
         if bool(same.any(-1).all()):
@@ -52,6 +54,8 @@ def left_padding(ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
     The longest prompt of a batch has none, so pad tokens that **every** row begins with are text (a beginning-of-text token that
     doubles as padding).
     """
+    import torch
+
     if pad_token_id is None or ids.shape[1] == 0:
         return torch.zeros(ids.shape[0], dtype=torch.int64)
     leading = (ids == pad_token_id).int().cumprod(-1).sum(-1).cpu()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from moralguard.backends.hf import LanguageModel
+from moralguard.backends.arrays import kind_of, namespace_of
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import BoundGate
-from moralguard.decoding.grad import plain_no_grad
 from moralguard.decoding.records import Completion
 from moralguard.decoding.rectification import rectify
 from moralguard.decoding.session import Failure, Outcome, Session
 from moralguard.decoding.settings import DecodingSettings
-from moralguard.trace.attribution import trace_step
+
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,33 @@ def noise_key(seed: int, prompt: Sequence[int], return_index: int) -> int:
 
 def grad_mode(controls: Sequence[BoundControl]) -> AbstractContextManager[None]:
     """Inference mode, unless a control needs tensors that autograd can use."""
+    import torch
+
+    from moralguard.decoding.grad import plain_no_grad
+
     needs_grad = any(control.settings.needs.grad for control in controls)
     return plain_no_grad() if needs_grad else torch.inference_mode()
+
+
+def _mode(context: LoopContext) -> AbstractContextManager[None]:
+    return grad_mode(context.controls) if kind_of(context.lm) == "torch" else nullcontext()
 
 
 def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tuple[int, int]]:
     """Run requests to their end, filling them in; yields (index of the request, token id) as tokens come."""
     context.counters.add(requests=len(requests))
+    arrays = namespace_of(context.lm)
     unique = {tuple(request.prompt_ids): None for request in requests}
     order = {prompt: i for i, prompt in enumerate(unique)}
     # Gradient modes are entered anew for every piece of work: a generator must not leak them into its caller between yields.
-    with grad_mode(context.controls):
+    with _mode(context):
         session = Session(context.lm, context.controls, list(unique), own_base=True, gate=context.gate)
         if len(unique) < len(requests) or len(requests) > 1:
-            session.select(torch.tensor([order[tuple(request.prompt_ids)] for request in requests]))
+            session.select(arrays.integers([order[tuple(request.prompt_ids)] for request in requests]))
     running = list(range(len(requests)))
-    keys = torch.tensor(
-        [noise_key(context.seed, request.prompt_ids, request.return_index) for request in requests],
-        device=context.lm.device,
-    )
+    keys = arrays.integers([noise_key(context.seed, request.prompt_ids, request.return_index) for request in requests], context.lm)
     while running:
-        with grad_mode(context.controls):
+        with _mode(context):
             ended, drawn = _step(context, session, [requests[i] for i in running], keys)
         for slot, token in drawn:
             yield running[slot], token
@@ -81,14 +89,14 @@ def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tup
             if room < 1 and slot not in ended:
                 requests[running[slot]].finish_reason = "length"
                 ended.add(slot)
-        with grad_mode(context.controls):
-            stay = torch.tensor([slot for slot in range(len(running)) if slot not in ended], dtype=torch.int64)
+        with _mode(context):
+            stay = arrays.integers([slot for slot in range(len(running)) if slot not in ended])
             running = [running[int(slot)] for slot in stay]
             if not running:
                 return
             if ended:
                 session.select(stay)
-                keys = keys[stay.to(keys.device)]
+                keys = arrays.take_rows(keys, stay)
             session.advance()
 
 
@@ -99,13 +107,15 @@ def _step(
     settings = context.settings
     outcome = session.step(temperature=1.0 if settings.greedy else settings.temperature)
     ended = _handle_failures(context, outcome.failures, requests)
-    positions = torch.tensor([len(r.prompt_ids) + len(r.token_ids) for r in requests], device=keys.device)
+    positions = namespace_of(context.lm).integers([len(r.prompt_ids) + len(r.token_ids) for r in requests], context.lm)
     drawn_now = outcome.law.draw(settings, keys, positions, counterfactual=context.trace)
     tokens = drawn_now.tokens
     if bool(drawn_now.emptied.any()):
         ended |= _handle_emptied(context, outcome, requests, drawn_now.emptied, tokens, keys, positions)
     records = []
     if context.trace:
+        from moralguard.trace.attribution import trace_step
+
         names = [control.name for control in session.controls]
         records = trace_step(outcome, tokens, drawn_now.counterfactual, positions, names, context.values, context.lm.spell)
     late = session.commit(tokens)
@@ -151,7 +161,7 @@ def _handle_emptied(
     positions: torch.Tensor,
 ) -> set[int]:
     """Rows in which the controls removed every token: an error, or the base's own token where the policy fails open."""
-    rows = emptied.nonzero().squeeze(-1)
+    rows = namespace_of(context.lm).flat_nonzero(emptied)
     if context.open_on_error:
         unguarded = rectify(outcome.base[rows], ())
         tokens[rows] = unguarded.draw(context.settings, keys[rows], positions[rows]).tokens

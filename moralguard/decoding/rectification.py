@@ -1,17 +1,21 @@
-"""Assembles the controls' terms into the one rectification of a step, and runs it: fused kernels on CUDA, the reference elsewhere."""
+"""Assembles the controls' terms into the one rectification of a step, and runs it: fused kernels on CUDA, the reference elsewhere.
+
+The terms of a model without torch are NumPy arrays and run in the kernels' NumPy form.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import moralguard_kernels as ops
+from moralguard.backends.arrays import namespace_for
 from moralguard.decoding.settings import DecodingSettings
 from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Term, Terms
+
+if TYPE_CHECKING:
+    import torch
 
 # What one launch of the kernels takes; anything beyond is added up into one more source before.
 _LARGEST_RANK = 32
@@ -56,16 +60,21 @@ class Rectified:
             return self.computed
         if not self.arguments:
             return self.base
-        logits = ops.rectify_logits(self.base, **self.arguments)
-        return logits if bool(self.touched.all()) else torch.where(self.touched[:, None], logits, self.base)
+        arrays = namespace_for(self.base)
+        logits: torch.Tensor = arrays.ops.rectify_logits(self.base, **self.arguments)
+        if bool(self.touched.all()):
+            return logits
+        mixed: torch.Tensor = arrays.where(self.touched[:, None], logits, self.base)
+        return mixed
 
     def draw(self, settings: DecodingSettings, keys: torch.Tensor, positions: torch.Tensor, counterfactual: bool = False) -> Drawn:
         """One token a row: the most probable (lowest id on ties), or an exact draw from the warped law.
 
         On a GPU everything between the base's logits and the token is one chain of kernels; the rectified logits are never stored.
         """
-        warp = _warp(settings, self.base)
-        if self.base.is_cuda and self.computed is None:
+        arrays = namespace_for(self.base)
+        ops, warp = arrays.ops, _warp(settings, self.base)
+        if arrays.on_gpu(self.base) and self.computed is None:
             tokens, _, _, flags, other = ops.sample_logits(
                 self.base, keys, positions, **warp, **self.arguments, counterfactual=counterfactual, summary=False
             )
@@ -79,20 +88,22 @@ class Rectified:
 def _warp(settings: DecodingSettings, base: torch.Tensor) -> dict[str, Any]:
     """The decoding settings as the ops take them: one value a row, neutral ones left out."""
 
-    def each(value: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((base.shape[0],), value, dtype=dtype, device=base.device)
+    arrays = namespace_for(base)
+
+    def each(value: float, dtype: Any) -> Any:
+        return arrays.full((base.shape[0],), value, dtype, base)
 
     if settings.greedy:
-        return {"temperature": each(0.0, torch.float32)}
+        return {"temperature": each(0.0, arrays.float32)}
     warp: dict[str, Any] = {}
     if settings.temperature != 1.0:
-        warp["temperature"] = each(settings.temperature, torch.float32)
+        warp["temperature"] = each(settings.temperature, arrays.float32)
     if settings.top_k:
-        warp["top_k"] = each(settings.top_k, torch.int32)
+        warp["top_k"] = each(settings.top_k, arrays.int32)
     if settings.top_p < 1.0:
-        warp["top_p"] = each(settings.top_p, torch.float32)
+        warp["top_p"] = each(settings.top_p, arrays.float32)
     if settings.min_p > 0.0:
-        warp["min_p"] = each(settings.min_p, torch.float32)
+        warp["min_p"] = each(settings.min_p, arrays.float32)
     return warp
 
 
@@ -105,7 +116,8 @@ def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:
         ValueError: a term's tensors don't fit the base's logits.
     """
     packer = _Packer(base)
-    touched = torch.zeros(base.shape[0], dtype=torch.bool, device=base.device)
+    arrays = namespace_for(base)
+    touched = arrays.full((base.shape[0],), False, arrays.bool_, base)
     for item in terms:
         if not item.terms or (item.rows is not None and not bool(item.rows.any())):
             continue
@@ -126,6 +138,7 @@ class _Packer:
 
     def __init__(self, base: torch.Tensor):
         self.base = base
+        self.arrays = namespace_for(base)
         self.used = False
         self._mixes: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]] = []
         self._extra: list[torch.Tensor] = []
@@ -136,6 +149,7 @@ class _Packer:
 
     def add(self, term: Term, rows: torch.Tensor | None) -> None:
         """A control's term; rows bool[R] where it acts, None for all."""
+        arrays, ops = self.arrays, self.arrays.ops
         self.used = True
         _check(term, self.base)
         if isinstance(term, Keep):
@@ -145,7 +159,7 @@ class _Packer:
         elif isinstance(term, Dense):
             self._mix((term.delta,), [self._zeros(), self._zeros() + 1.0], rows)
         elif isinstance(term, LowRank):
-            coefficients = term.coefficients if rows is None else term.coefficients.masked_fill(~rows[:, None], 0.0)
+            coefficients = term.coefficients if rows is None else arrays.masked_fill(term.coefficients, ~rows[:, None], 0.0)
             if self._low_rank is None and term.projection.shape[1] <= _LARGEST_RANK:
                 self._low_rank = (term.projection, coefficients)
             else:
@@ -153,7 +167,8 @@ class _Packer:
         elif isinstance(term, Attenuation):
             decay_constant, epsilon = term.decay_constant, term.epsilon
             if rows is not None:
-                decay_constant, epsilon = decay_constant.masked_fill(~rows, 0.0), epsilon.masked_fill(~rows, 1.0)
+                decay_constant = arrays.masked_fill(decay_constant, ~rows, 0.0)
+                epsilon = arrays.masked_fill(epsilon, ~rows, 1.0)
             if self._attenuation is None:
                 self._attenuation = (term.sources, decay_constant, epsilon)
             else:
@@ -162,34 +177,37 @@ class _Packer:
             self._sparse.append((term, rows))
 
     def _zeros(self) -> torch.Tensor:
-        return torch.zeros(self.base.shape[0], device=self.base.device)
+        zeros: torch.Tensor = self.arrays.full((self.base.shape[0],), 0.0, self.arrays.float32, self.base)
+        return zeros
 
     def _mix(self, sources: tuple[torch.Tensor, ...], weights: list[torch.Tensor], rows: torch.Tensor | None) -> None:
         if rows is not None:
-            weights = [weight.masked_fill(~rows, 0.0) for weight in weights]
+            weights = [self.arrays.masked_fill(weight, ~rows, 0.0) for weight in weights]
         if sum(len(mix[0]) for mix in self._mixes) + len(sources) <= _MOST_SOURCES:
             self._mixes.append((sources, weights))
         else:
+            ops = self.arrays.ops
             self._extra.append(ops.mix_delta(ops.sanitize_logits(self.base), sources, weights[1:], weights[0]))
 
     def _keep(self, keep: Keep, rows: torch.Tensor | None) -> None:
         """Filters intersect, so of several the tightest counts."""
+        arrays = self.arrays
 
-        def each(value: float, neutral: float, dtype: torch.dtype) -> torch.Tensor:
-            found = torch.full((self.base.shape[0],), value, dtype=dtype, device=self.base.device)
-            return found if rows is None else found.masked_fill(~rows, neutral)
+        def each(value: float, neutral: float, dtype: Any) -> Any:
+            found = arrays.full((self.base.shape[0],), value, dtype, self.base)
+            return found if rows is None else arrays.masked_fill(found, ~rows, neutral)
 
         if keep.top_k is not None and keep.top_k < self.base.shape[1]:
-            top_k = each(keep.top_k, 0, torch.int32)
+            top_k = each(keep.top_k, 0, arrays.int32)
             known = self._filters.get("base_top_k", top_k)
-            both = torch.minimum(known, top_k)
-            self._filters["base_top_k"] = torch.where(both == 0, torch.maximum(known, top_k), both)
+            both = arrays.minimum(known, top_k)
+            self._filters["base_top_k"] = arrays.where(both == 0, arrays.maximum(known, top_k), both)
         if keep.top_p is not None and keep.top_p < 1:
-            top_p = each(keep.top_p, 1.0, torch.float32)
-            self._filters["base_top_p"] = torch.minimum(self._filters.get("base_top_p", top_p), top_p)
+            top_p = each(keep.top_p, 1.0, arrays.float32)
+            self._filters["base_top_p"] = arrays.minimum(self._filters.get("base_top_p", top_p), top_p)
         if keep.min_p is not None and keep.min_p > 0:
-            min_p = each(keep.min_p, 0.0, torch.float32)
-            self._filters["base_min_p"] = torch.maximum(self._filters.get("base_min_p", min_p), min_p)
+            min_p = each(keep.min_p, 0.0, arrays.float32)
+            self._filters["base_min_p"] = arrays.maximum(self._filters.get("base_min_p", min_p), min_p)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``ops.rectify_logits`` and ``ops.sample_logits``."""
@@ -197,11 +215,12 @@ class _Packer:
         found |= self._candidates()
         mixes = list(self._mixes)
         if self._extra:
-            mixes.append(((torch.stack(self._extra).sum(0),), [self._zeros(), self._zeros() + 1.0]))
+            mixes.append(((self.arrays.stack(self._extra).sum(0),), [self._zeros(), self._zeros() + 1.0]))
         if mixes:
             found["sources"] = [source for sources, _ in mixes for source in sources]
             found["groups"] = [len(sources) for sources, _ in mixes]
-            found["weights"] = torch.stack([weight.float() for _, weights in mixes for weight in weights], -1)
+            weights = [self.arrays.as_float(weight) for _, weights in mixes for weight in weights]
+            found["weights"] = self.arrays.stack(weights, -1)
         if self._low_rank is not None:
             found["projection"], found["coefficients"] = self._low_rank
         if self._attenuation is not None:
@@ -219,31 +238,36 @@ class _Packer:
         if not removing and len(biasing) != 1:
             return {}
         term, rows = removing[0] if removing else biasing[0]
-        count = None if rows is None else torch.where(rows, term.ids.shape[1], -1).to(torch.int32)
+        count = None
+        if rows is not None:
+            count = self.arrays.cast(self.arrays.where(rows, term.ids.shape[1], -1), self.arrays.int32)
         return {"candidate_ids": term.ids, "candidate_bias": term.bias, "candidate_count": count, "keep_rest": term.keep_rest}
 
     def _dense_bias(self, term: Sparse, rows: torch.Tensor | None) -> torch.Tensor:
-        bias = ops.finite_or_zero(term.bias.float())
+        arrays = self.arrays
+        bias = arrays.ops.finite_or_zero(arrays.as_float(term.bias))
         if rows is not None:
-            bias = bias.masked_fill(~rows[:, None], 0.0)
-        return torch.zeros(self.base.shape, device=self.base.device).scatter(-1, term.ids, bias)
+            bias = arrays.masked_fill(bias, ~rows[:, None], 0.0)
+        dense: torch.Tensor = arrays.scatter(arrays.full(tuple(self.base.shape), 0.0, arrays.float32, self.base), term.ids, bias)
+        return dense
 
     def _intersection(self, removing: list[tuple[Sparse, torch.Tensor | None]]) -> dict[str, Any]:
-        allowed = torch.ones(self.base.shape, dtype=torch.bool, device=self.base.device)
-        limited = torch.zeros(self.base.shape[0], dtype=torch.bool, device=self.base.device)
+        arrays, shape = self.arrays, tuple(self.base.shape)
+        allowed = arrays.full(shape, True, arrays.bool_, self.base)
+        limited = arrays.full(shape[:1], False, arrays.bool_, self.base)
         for term, rows in removing:
-            members = torch.zeros_like(allowed).scatter(-1, term.ids, True)
-            acts = torch.ones_like(limited) if rows is None else rows
+            members = arrays.scatter(arrays.full(shape, False, arrays.bool_, self.base), term.ids, True)
+            acts = arrays.full(shape[:1], True, arrays.bool_, self.base) if rows is None else rows
             allowed &= members | ~acts[:, None]
             limited |= acts
-        bias = torch.stack([self._dense_bias(term, rows) for term, rows in removing]).sum(0)
+        bias = arrays.stack([self._dense_bias(term, rows) for term, rows in removing]).sum(0)
         self._extra.append(bias)  # for rows that aren't limited it is 0
-        count = torch.where(limited, allowed.sum(-1), -1)
-        ids = torch.topk(allowed.int(), max(1, int(count.max())), dim=-1).indices
+        count = arrays.where(limited, allowed.sum(-1), -1)
+        _, ids = arrays.top_k(arrays.cast(allowed, arrays.int32), max(1, int(count.max())))
         return {
             "candidate_ids": ids,
-            "candidate_bias": torch.zeros(ids.shape, device=ids.device),
-            "candidate_count": count.to(torch.int32),
+            "candidate_bias": arrays.full(tuple(ids.shape), 0.0, arrays.float32, ids),
+            "candidate_count": arrays.cast(count, arrays.int32),
             "keep_rest": False,
         }
 

@@ -1,7 +1,7 @@
 """A batch of running requests under one set of bound controls: their passes, their columns, one rectification a step.
 
 The own decode loop, transformers' logits processor and ``attach`` all drive a session: they give it (or let it compute) the base
-logits of a step, draw tokens, and commit them.
+logits of a step, draw tokens, and commit them. A session is written once for torch tensors and NumPy arrays (``backends.arrays``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
-
-from moralguard.backends.hf import LanguageModel
+from moralguard.backends.arrays import namespace_of
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.history import Continuation
@@ -22,6 +21,11 @@ from moralguard.decoding.passes import Pass, PassTable
 from moralguard.decoding.rectification import Rectified, rectify
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Terms
+
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.backends.hf import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class _Pending:
 
     step: Step
     terms: list[Terms] = field(default_factory=list)
+    log_odds: torch.Tensor | None = None
 
 
 class Session:
@@ -92,6 +97,7 @@ class Session:
         given_hidden: bool = False,
     ):
         self.lm, self.controls, self.gate = lm, tuple(controls), gate
+        self._arrays = namespace_of(lm)
         self._base_pass = Pass(lm) if own_base else None
         hidden = any(control.settings.needs.hidden for control in self.controls) or (gate is not None and gate.needs.hidden)
         self._state_pass = Pass(lm) if hidden and not own_base and not given_hidden else None
@@ -105,18 +111,13 @@ class Session:
         self._restart(prompts)
 
     def _restart(self, prompts: Sequence[Sequence[int]]) -> None:
-        width = max(len(prompt) for prompt in prompts)
-        device = self.lm.device
-        self.history = torch.zeros(len(prompts), width, dtype=torch.int64)
-        self.mask = torch.zeros_like(self.history)
-        for i, prompt in enumerate(prompts):
-            self.history[i, width - len(prompt) :] = torch.as_tensor(prompt)
-            self.mask[i, width - len(prompt) :] = 1
-        self.history, self.mask = self.history.to(device), self.mask.to(device)
-        self.generated = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        arrays, count = self._arrays, len(prompts)
+        self.history, self.mask = arrays.left_padded(prompts, self.lm)
+        self.generated = arrays.full((count,), 0, arrays.int64, self.history)
         self.columns: list[Columns | None] = [None] * len(self.controls)
-        self.disabled = torch.zeros(len(self.controls), len(prompts), dtype=torch.bool)
-        self._opened = torch.full_like(self.generated, _NEVER)  # tokens that a request had when its gate first opened
+        self.disabled = arrays.full((len(self.controls), count), False, arrays.bool_)
+        self._opened = arrays.full((count,), _NEVER, arrays.int64, self.history)  # tokens that a request had when its gate first opened
+        self._log_odds = arrays.full((count, 0), 0.0, arrays.float32, self.history)  # the gate's, of the steps before
         self._pending: _Pending | None = None
 
     @property
@@ -150,7 +151,7 @@ class Session:
             raise RuntimeError("this session doesn't run the base model: give the base logits")
         step = Step(
             logits=base,
-            temperature=torch.full((self.rows,), temperature, device=base.device),
+            temperature=self._arrays.full((self.rows,), temperature, self._arrays.float32, base),
             history=self.history,
             mask=self.mask,
             generated=self.generated,
@@ -167,7 +168,7 @@ class Session:
                 raise _DisabledError
             terms = [self._gated(self._terms_of(i, step), open_rows) for i in range(len(self.controls))]
             rectified = rectify(base, terms)
-            if not base.is_cuda:
+            if not self._arrays.on_gpu(base):
                 rectified.logits  # noqa: B018 -- computed now, so that a control's mistake shows where its row can be told
         except Exception as error:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
             rectified, carries, failures = self._row_by_row(step, open_rows)
@@ -184,10 +185,16 @@ class Session:
         return Outcome(base, rectified, tuple(terms))
 
     def _open_rows(self, step: Step) -> torch.Tensor | None:
-        rows = None if self.gate is None else self.gate.open_rows(step)
-        if rows is None or self.gate is None or not self.gate.settings.stay_open:
+        if self.gate is None:
+            return None
+        newest = self.gate.log_odds(step)
+        if newest is not None:
+            self._pending = _Pending(step, log_odds=newest)
+            newest = self._arrays.cat([self._log_odds, newest[:, None]], -1)
+        rows = self.gate.open_rows(step, newest)
+        if rows is None or not self.gate.settings.stay_open:
             return rows
-        self._opened = torch.where(rows, torch.minimum(self._opened, self.generated), self._opened)
+        self._opened = self._arrays.where(rows, self._arrays.minimum(self._opened, self.generated), self._opened)
         return self._opened <= self.generated
 
     def _terms_of(self, index: int, step: Step) -> Terms:
@@ -228,9 +235,9 @@ class Session:
                         self.disabled[index, row] = True
                 carries[index].append(carry)
             rectified.append(rectify(single.logits, terms))
-        touched = torch.cat([r.touched for r in rectified])
-        joined = Rectified(step.logits, touched, computed=torch.cat([r.logits for r in rectified]))
-        return joined, [Terms(carry=_join(carry)) for carry in carries], failures
+        touched = self._arrays.cat([r.touched for r in rectified])
+        joined = Rectified(step.logits, touched, computed=self._arrays.cat([r.logits for r in rectified]))
+        return joined, [Terms(carry=self._join(carry)) for carry in carries], failures
 
     def _each_row(self, index: int, failures: list[Failure], compute: Callable[[int], Columns]) -> Columns:
         """Columns of all rows, computed row by row; a row in which it raises is disabled for this control."""
@@ -244,7 +251,14 @@ class Session:
                     failures.append(Failure(row, self.controls[index].name, error))
                     self.disabled[index, row] = True
             found.append(columns)
-        return _join(found)
+        return self._join(found)
+
+    def _join(self, carries: Sequence[Columns | None]) -> Columns:
+        """One carry for the batch; rows in which the control failed borrow a neighbour's, as nobody will read it."""
+        known = next((carry for carry in carries if carry), None)
+        if known is None:
+            return {}
+        return {name: self._arrays.cat([(carry or known)[name] for carry in carries]) for name in known}
 
     def commit(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> list[Failure]:
         """Record the drawn tokens i64[n]; ``parents`` i64[n] are the rows they extend (beams), None for one a row.
@@ -257,6 +271,7 @@ class Session:
         if self._pending is None:
             raise RuntimeError("commit follows step")
         pending, self._pending = self._pending, None
+        arrays = self._arrays
         failures: list[Failure] = []
         if parents is not None:
             self.select(parents)
@@ -267,13 +282,21 @@ class Session:
             step = pending.step if parents is None else pending.step.select(parents)
             carry = pending.terms[index].carry
             if parents is not None:
-                carry = {name: value[parents.to(value.device)] for name, value in carry.items()}
+                carry = {name: arrays.take_rows(value, parents) for name, value in carry.items()}
             self.columns[index] = self._committed(index, replace(step, columns=columns), carry, tokens, failures)
-        tokens = tokens.to(self.history.device)
-        self.history = torch.cat([self.history, tokens[:, None]], dim=-1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(self.rows, 1)], dim=-1)
+        if pending.log_odds is not None:
+            newest = pending.log_odds if parents is None else arrays.take_rows(pending.log_odds, parents)
+            self._log_odds = arrays.cat([self._log_odds, newest[:, None]], -1)
+        tokens = arrays.beside(tokens, self.history)
+        self._read(tokens[:, None])
         self.generated = self.generated + 1
         return failures
+
+    def _read(self, tokens: torch.Tensor) -> None:
+        """Tokens i64[R, n] behind the history."""
+        arrays = self._arrays
+        self.history = arrays.cat([self.history, tokens], -1)
+        self.mask = arrays.cat([self.mask, arrays.full(tuple(tokens.shape), 1, arrays.int64, self.mask)], -1)
 
     def _first_columns(self, index: int, step: Step, failures: list[Failure]) -> Columns:
         return self._each_row(index, failures, lambda row: self.controls[index].columns(step.row(row)))
@@ -292,25 +315,33 @@ class Session:
     def select(self, rows: torch.Tensor) -> None:
         """Keep and reorder requests (i64[n]; an index may repeat: a fork)."""
         self.table.select(rows)
-        index = rows.to(self.history.device)
+        take = self._arrays.take_rows
+        index = self._arrays.beside(rows, self.history)
         self.history, self.mask, self.generated = self.history[index], self.mask[index], self.generated[index]
-        self.disabled, self._opened = self.disabled[:, rows.cpu()], self._opened[index]
+        self.disabled = self.disabled[:, self._arrays.on_host(rows)]
+        self._opened, self._log_odds = self._opened[index], self._log_odds[index]
         self.columns = [
-            None if columns is None else {name: value[rows.to(value.device)] for name, value in columns.items()} for columns in self.columns
+            None if columns is None else {name: take(value, rows) for name, value in columns.items()} for columns in self.columns
         ]
 
     def rewind(self, found: Continuation, histories: Sequence[Sequence[int]]) -> None:
         """Forget the newest tokens of the parents and read others instead; histories are the unpadded ids afterwards."""
         self._pending = None
+        arrays = self._arrays
         if found.parents is not None:
             self.select(found.parents)
         # what opened a gate behind the last token that stays was another text
-        self._opened = self._opened.masked_fill(self._opened > self.generated - found.dropped, _NEVER)
+        self._opened = arrays.masked_fill(self._opened, self._opened > self.generated - found.dropped, _NEVER)
+        generated = int(self.generated.max())
         self.generated = self.generated + found.tokens.shape[1] - found.dropped
-        tokens = found.tokens.to(self.history.device)
+        if self._log_odds.shape[1]:
+            known = self._log_odds[:, : max(0, generated - found.dropped)]
+            unknown = arrays.full((self.rows, int(self.generated.max()) - known.shape[1]), float("nan"), arrays.float32, known)
+            self._log_odds = arrays.cat([known, unknown], -1)
+        tokens = arrays.beside(found.tokens, self.history)
         kept = self.history.shape[1] - found.dropped
-        self.history = torch.cat([self.history[:, :kept], tokens], -1)
-        self.mask = torch.cat([self.mask[:, :kept], self.mask.new_ones(tokens.shape)], -1)
+        self.history, self.mask = self.history[:, :kept], self.mask[:, :kept]
+        self._read(tokens)
         if not self.table.rewindable:
             self.table.reread(histories)
             return
@@ -344,11 +375,3 @@ class _DisabledError(Exception):
 
 def _row_of(columns: Columns, row: int) -> Columns:
     return {name: value[row : row + 1] for name, value in columns.items()}
-
-
-def _join(carries: Sequence[Columns | None]) -> Columns:
-    """One carry for the batch; rows in which the control failed borrow a neighbour's, as nobody will read it."""
-    known = next((carry for carry in carries if carry), None)
-    if known is None:
-        return {}
-    return {name: torch.cat([(carry or known)[name] for carry in carries]) for name in known}

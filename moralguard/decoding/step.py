@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from moralguard.backends.arrays import namespace_for
 from moralguard.decoding.passes import Pass, PassView
 
-Columns = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Columns = dict[str, "torch.Tensor"]
 """Per-request state of a control: name -> tensor [R, ...], one row a request. The session selects, forks and drops rows."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One row of logits for each of R running requests.
+    """One row of logits for each of R running requests. On a model without torch every tensor is a NumPy array.
 
     Attributes:
         logits: f32[R, V], the base: what the model (and transformers' own processors, where they run first) gave.
@@ -41,18 +44,24 @@ class Step:
 
     def select(self, rows: torch.Tensor) -> Step:
         """These rows (i64[n], an index may repeat) of everything but the passes, which the session moves itself."""
+        take = self.arrays.take_rows
         tensors = {
-            name: value[rows.to(value.device)]
+            name: take(value, rows)
             for name in ("logits", "temperature", "history", "mask", "generated", "hidden", "head_logits")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **tensors, columns={k: v[rows.to(v.device)] for k, v in self.columns.items()})
+        return replace(self, **tensors, columns={k: take(v, rows) for k, v in self.columns.items()})
 
     def row(self, i: int) -> Step:
         """Row i alone, its passes too."""
         view = self.view
         single = None if view is None else (lambda item: view(item).row(i))
-        return replace(self.select(torch.tensor([i])), view=single)
+        return replace(self.select(self.arrays.integers([i])), view=single)
+
+    @cached_property
+    def arrays(self) -> Any:
+        """The functions for this step's arrays: ``backends.torch_arrays`` or ``backends.numpy_arrays``."""
+        return namespace_for(self.logits)
 
     @property
     def rows(self) -> int:
@@ -61,7 +70,8 @@ class Step:
     @cached_property
     def probabilities(self) -> torch.Tensor:
         """f32[R, V], softmax of the base logits."""
-        return torch.softmax(self.logits, -1)
+        law: torch.Tensor = self.arrays.softmax(self.logits)
+        return law
 
     def of(self, item: Pass) -> PassView:
         """The rows of a declared pass."""
@@ -71,4 +81,5 @@ class Step:
 
     def weight(self, value: float) -> torch.Tensor:
         """f32[R] filled with one value: a per-row weight."""
-        return torch.full((self.rows,), value, dtype=torch.float32, device=self.logits.device)
+        weights: torch.Tensor = self.arrays.full((self.rows,), value, self.arrays.float32, self.logits)
+        return weights

@@ -6,8 +6,10 @@ Shapes: R rows of logits, V vocabulary entries, C candidates, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # or NumPy arrays, on a model without torch
+    import torch
 
 
 @dataclass(frozen=True)

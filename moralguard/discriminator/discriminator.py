@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from moralguard.discriminator.adaptation import (
     Adaptation,
@@ -19,22 +18,37 @@ from moralguard.discriminator.adaptation import (
 )
 from moralguard.discriminator.base import BaseDiscriminator, Reading
 from moralguard.discriminator.calibration import Calibration, log_odds, sigmoid
+from moralguard.discriminator.han_path import HanPath
 from moralguard.discriminator.inputs import as_context, as_values
 from moralguard.discriminator.judgement import Basis, Span
 from moralguard.discriminator.onnx_path import OnnxPath
-from moralguard.discriminator.paths import HanPath, ReadingMode, WordPath, is_han
 from moralguard.discriminator.paths import Path as ReadingPath
-from moralguard.errors import DataError
+from moralguard.discriminator.paths import ReadingMode, is_han
+from moralguard.errors import DataError, ModelError
 from moralguard.values import Value
 
+if TYPE_CHECKING:
+    import torch
+
+    from moralguard.discriminator.torch_paths import WordPath
+
 DiscriminatorMode = Literal["auto", "cached", "cross"]
+_ON_TORCH = "load it on torch: install torch and call Discriminator.load() without onnx="
 _FEW = 8  # values that a text is read together with, one by one, where a context is given
 
 
+def _torch_is_installed() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @cache
-def shipped_discriminator() -> Discriminator:
-    """The shipped discriminator in float32 on the CPU, loaded once a process."""
-    return Discriminator.load()
+def shipped_discriminator(onnx: bool = False) -> Discriminator:
+    """The shipped discriminator in float32 on the CPU, loaded once a process; ``onnx`` as ``Discriminator.load`` takes it."""
+    return Discriminator.load(onnx=onnx)
 
 
 class Discriminator(BaseDiscriminator):
@@ -75,10 +89,10 @@ class Discriminator(BaseDiscriminator):
         folder: str | Path | None = None,
         *,
         device: str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str = "float32",
         mode: DiscriminatorMode = "auto",
         adaptations: Sequence[str | Path] = (),
-        onnx: str | Path | None = None,
+        onnx: str | Path | bool = False,
     ) -> Discriminator:
         """The shipped discriminator, or one that ``moralguard fit discriminator`` wrote into ``folder``.
 
@@ -86,31 +100,40 @@ class Discriminator(BaseDiscriminator):
             dtype: float32, or bfloat16: about twice as fast on a CPU that multiplies it; P(v|y) differed by .002 on average and by .02 at
                 most over 50 texts and six values.
             adaptations: packs that ``save_adaptation`` wrote.
-            onnx: folder that ``export_onnx`` wrote: English is then read by onnxruntime (extra ``onnx``) and can't be adapted.
+            onnx: True reads without torch, which isn't imported: English on onnxruntime (extra ``onnx``), Chinese in NumPy, in float32
+                on the CPU; it can't be adapted, and explains by occlusion only. So does a folder that ``export_onnx`` wrote, whose graphs
+                are then taken, and so does every discriminator where torch isn't installed.
 
         Raises:
-            ModelError: the folder, or a pack, doesn't hold what it should, or onnxruntime isn't installed.
+            ModelError: the folder, or a pack, doesn't hold what it should; onnxruntime isn't installed; another device or dtype is
+                asked for than onnxruntime reads with.
+            DataError: ``adaptations`` without torch.
         """
-        from moralguard.discriminator.packs import load_adaptation, load_onnx_path, load_parts
+        from moralguard.discriminator.packs import load_adaptation, load_onnx_parts, load_parts
 
-        words, han, calibrations = load_parts(folder, torch.device(device), dtype)
-        if onnx is not None:
-            if adaptations:
-                raise DataError("a discriminator on onnxruntime takes no adaptations; load it without onnx=")
-            return cls(load_onnx_path(Path(onnx), words), han, calibrations, mode=mode)
-        loaded = cls(words, han, calibrations, mode=mode)
-        return loaded._with([load_adaptation(Path(path), loaded.fingerprint) for path in adaptations]) if adaptations else loaded
+        if not onnx and _torch_is_installed():
+            words, han, calibrations = load_parts(folder, device, dtype)
+            loaded = cls(words, han, calibrations, mode=mode)
+            return loaded._with([load_adaptation(Path(path), loaded.fingerprint) for path in adaptations]) if adaptations else loaded
+        if adaptations:
+            raise DataError(f"a discriminator on onnxruntime takes no adaptations; {_ON_TORCH}")
+        if str(device) != "cpu" or str(dtype).removeprefix("torch.") != "float32":
+            raise ModelError(f"a discriminator on onnxruntime runs on the CPU in float32, not on {device} in {dtype}; {_ON_TORCH}")
+        return cls(*load_onnx_parts(folder, None if isinstance(onnx, bool) else Path(onnx)), mode=mode)
 
     @property
     def fingerprint(self) -> str:
         """A hash of the weights that adaptations are bound to."""
-        from moralguard.discriminator.packs import fingerprint
+        from moralguard.discriminator.stored_weights import fingerprint
 
-        return fingerprint(self._torch_words("a fingerprint").network)
+        if isinstance(self._words, OnnxPath):
+            return self._words.network.fingerprint
+        state = self._words.network.state_dict()
+        return fingerprint((name, tensor.detach().cpu().float().numpy()) for name, tensor in state.items())
 
     def _torch_words(self, purpose: str) -> WordPath:
-        if not isinstance(self._words, WordPath):
-            raise DataError(f"a discriminator on onnxruntime has no {purpose}; load it without onnx=")
+        if isinstance(self._words, OnnxPath):
+            raise DataError(f"a discriminator on onnxruntime {purpose}; {_ON_TORCH}")
         return self._words
 
     @property
@@ -153,7 +176,7 @@ class Discriminator(BaseDiscriminator):
         adapted = [(j, self._adaptations.get((statement, context))) for j, statement in enumerate(statements)]
         heads = [(j, item.heads[path.name]) for j, item in adapted if item is not None and path.name in item.heads]
         if heads:
-            features = path.features(windows).numpy()
+            features = path.features(windows)
             # heads were fitted on the cached reading, which doesn't depend on how many values are asked for
             for j, head in heads:
                 broken[:, j] = head.apply(self._unadapted(path, windows, statements[j], context), features)
@@ -173,8 +196,8 @@ class Discriminator(BaseDiscriminator):
     ) -> tuple[np.ndarray, np.ndarray, str]:
         """One reading's relevance and calibrated P(broken), [n_windows, n_statements], and its name."""
         relevance_logits, broken_logits, name = path.logits(windows, statements, context, mode)
-        relevance = sigmoid(relevance_logits.numpy())
-        broken = relevance * sigmoid(broken_logits.numpy())
+        relevance = sigmoid(relevance_logits)
+        broken = relevance * sigmoid(broken_logits)
         return relevance, self._calibrations[name].apply(broken) if name in self._calibrations else broken, name
 
     def adapt(
@@ -207,7 +230,7 @@ class Discriminator(BaseDiscriminator):
                 continue
             windows = [items[0] for items in path.cut([texts[i] for i in rows])]
             before = self._unadapted(path, windows, stated.statement, where)
-            heads[path.name], left_out[rows] = fit_head(before, path.features(windows).numpy(), kept[rows])
+            heads[path.name], left_out[rows] = fit_head(before, path.features(windows), kept[rows])
         if not heads:
             raise DataError("examples that keep the value and examples that break it must be of the same script")
         known = ~np.isnan(left_out)
@@ -265,14 +288,15 @@ class Discriminator(BaseDiscriminator):
         """Write the English network as ONNX graphs (extra ``onnx``); ``Discriminator.load(onnx=folder)`` reads with them."""
         from moralguard.discriminator.onnx_network import export_network
 
-        export_network(self._torch_words("network to export").network, Path(folder), self.fingerprint)
+        export_network(self._torch_words("exports no network").network, Path(folder), self.fingerprint)
 
     def gradient_spans(self, text: str, value: Value, context: str, basis: Basis) -> tuple[Span, ...]:
-        from moralguard.discriminator.gradient import gradient_spans
-
         if is_han(text):
             raise DataError('the character path gives no gradients; explain with method="occlusion"')
-        return gradient_spans(self._torch_words("gradients"), text, value.statement, context, basis.window)
+        words = self._torch_words('gives no gradients: explain with method="occlusion"')
+        from moralguard.discriminator.gradient import gradient_spans
+
+        return gradient_spans(words, text, value.statement, context, basis.window)
 
     def _with(self, adaptations: Sequence[Adaptation]) -> Discriminator:
         items = {(item.value.statement, item.context): item for item in (*self.adaptations, *adaptations)}

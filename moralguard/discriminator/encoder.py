@@ -8,29 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-
-class EncoderConfig(BaseModel):
-    """Sizes of the encoder.
-
-    Attributes:
-        shared_layers: layers that the frozen and the tuned half have in common; they stay frozen.
-        layers: depth of either half, shared layers included.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: int = 30522
-    hidden_size: int = 384
-    num_attention_heads: int = 12
-    intermediate_size: int = 1536
-    max_positions: int = 512
-    layers: int = 6
-    shared_layers: int = 3
-    head_size: int = 256
-    dropout: float = 0.1
+from moralguard.discriminator.encoder_config import EncoderConfig
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from moralguard.discriminator.explanation import without_overlap
 from moralguard.discriminator.judgement import Span
-from moralguard.discriminator.paths import WordPath
+from moralguard.discriminator.torch_paths import WordPath
 
 
 def gradient_spans(path: WordPath, text: str, statement: str, context: str, window: tuple[int, int]) -> tuple[Span, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moralguard.discriminator.encoder import EncoderConfig, attend
+from moralguard.discriminator.encoder import attend
+from moralguard.discriminator.encoder_config import EncoderConfig
 
 _PRODUCT = 64
 

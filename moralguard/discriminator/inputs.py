@@ -56,15 +56,15 @@ def as_values(values: Any) -> list[Value]:
     Raises:
         DataError: something else, an empty statement, or none at all.
     """
-    from moralguard.policy import Policy
-
-    if isinstance(values, Policy):
-        if not values.values:
-            raise DataError(f"policy {values.name!r} names no values to score against; give value statements")
-        return list(values.values)
     if isinstance(values, (str, Value)):
         values = [values]
     if isinstance(values, (bytes, bytearray, dict)) or not isinstance(values, Sequence):
+        from moralguard.policy import Policy  # here, since plain statements need none of what a policy needs
+
+        if isinstance(values, Policy):
+            if not values.values:
+                raise DataError(f"policy {values.name!r} names no values to score against; give value statements")
+            return list(values.values)
         raise DataError(f"values must be statements, known ids or Value objects, not {type(values).__name__}")
     if not values:
         raise DataError('no values were given; name at least one, e.g. "The text does not insult anyone."')

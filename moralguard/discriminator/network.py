@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moralguard.discriminator.encoder import Encoder, EncoderConfig
+from moralguard.discriminator.encoder import Encoder
+from moralguard.discriminator.encoder_config import EncoderConfig
 from moralguard.discriminator.heads import PairHead, ValueAttention
 
 

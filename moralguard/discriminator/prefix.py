@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from moralguard.backends.factored_head import FactoredHead
-from moralguard.backends.hf import LanguageModel
 from moralguard.discriminator.base import BaseDiscriminator
 from moralguard.discriminator.inputs import as_context, as_texts, as_values
 from moralguard.errors import DataError, ModelError
 from moralguard.values import Value
+
+if TYPE_CHECKING:  # a TextPrefixScorer needs neither
+    from torch import Tensor
+
+    from moralguard.backends.factored_head import FactoredHead
+    from moralguard.backends.hf import LanguageModel
 
 
 class PrefixScorer:
@@ -55,6 +57,8 @@ class PrefixScorer:
         Raises:
             DataError: fewer than two tokens.
         """
+        import torch
+
         if len(token_ids) < 2:
             raise DataError(f"a prefix score needs at least two tokens, got {len(token_ids)}")
         ids = torch.tensor([list(token_ids)], device=self.lm.device)

@@ -12,7 +12,7 @@ import torch
 
 from moralguard.backends.hf import LanguageModel
 from moralguard.backends.prompts import encode_words
-from moralguard.decoding.passes import RowGroup
+from moralguard.decoding.torch_rows import RowGroup
 from moralguard.errors import ModelError
 from moralguard.values import Value
 

@@ -25,7 +25,7 @@ def load_classifier(name_or_folder: str | Path, device: str | torch.device | Non
     Raises:
         ModelError: it can't be read, or its classification head isn't in the weights.
     """
-    from moralguard.models import quiet_transformers
+    from moralguard.backends.hf_files import quiet_transformers
 
     name = str(name_or_folder)
     try:

@@ -5,30 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+import numpy as np
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from moralguard.errors import ModelError
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_STATEMENT = 64
 
+Array = TypeVar("Array")
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Rows of tokens, padded at the right.
+
+@dataclass(frozen=True)
+class Tokens(Generic[Array]):
+    """Rows of tokens, padded at the right; NumPy arrays, or the tensors that ``to`` makes of them.
 
     Attributes:
         ids: int64 [B, T].
         mask: bool [B, T], True at tokens.
     """
 
-    ids: Tensor
-    mask: Tensor
+    ids: Array
+    mask: Array
 
-    def to(self, device: torch.device) -> Tokens:
-        return Tokens(self.ids.to(device), self.mask.to(device))
+    def to(self, device: torch.device | str) -> Tokens[torch.Tensor]:
+        """The same rows as tensors on a device."""
+        import torch
+
+        return Tokens(torch.as_tensor(self.ids, device=device), torch.as_tensor(self.mask, device=device))
 
 
 class WordPieces:
@@ -50,11 +58,11 @@ class WordPieces:
         """Ids and character offsets of each text, with no special tokens."""
         return [(e.ids, e.offsets) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
-    def rows(self, ids: Sequence[Sequence[int]]) -> Tokens:
+    def rows(self, ids: Sequence[Sequence[int]]) -> Tokens[np.ndarray]:
         """Rows between the special tokens, padded to the longest."""
         return pad([[self.first, *row, self.last] for row in ids])
 
-    def statements(self, statements: Sequence[str], contexts: Sequence[str]) -> Tokens:
+    def statements(self, statements: Sequence[str], contexts: Sequence[str]) -> Tokens[np.ndarray]:
         """Value statements, each with its context behind a separator where it has one; the ends of long ones are left out."""
         found = self.pieces([*statements, *contexts])
         rows = []
@@ -66,12 +74,12 @@ class WordPieces:
         return pad(rows)
 
 
-def pad(rows: Sequence[Sequence[int]]) -> Tokens:
+def pad(rows: Sequence[Sequence[int]]) -> Tokens[np.ndarray]:
     """Rows of ids, padded with 0 at the right."""
     longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.bool_)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        ids[i, : len(row)] = row
         mask[i, : len(row)] = True
     return Tokens(ids, mask)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moralguard.backends.tensor_files import load_tensors
-from moralguard.discriminator.encoder import EncoderConfig
+from moralguard.discriminator.encoder_config import EncoderConfig
 from moralguard.discriminator.network import Network
 from moralguard.errors import ModelError
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from moralguard.discriminator.base import Reading
 from moralguard.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Window = tuple[int, int]
 MIN_ROOM = 8

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from moralguard.discriminator.calibration import Calibration, fit_calibration
 from moralguard.discriminator.paths import Path, ReadingMode
@@ -34,7 +35,7 @@ def raw_probabilities(path: Path, rows: Sequence[Row], wordings: Mapping[str, Wo
         cut = path.cut([rows[i].text for i in places])
         flat = [window for windows in cut for window in windows]
         relevance, broken, _ = path.logits(flat, [statement], context, mode)
-        chance = (relevance.sigmoid() * broken.sigmoid())[:, 0].numpy()
+        chance = (torch.from_numpy(relevance).sigmoid() * torch.from_numpy(broken).sigmoid())[:, 0].numpy()
         first = 0
         for i, windows in zip(places, cut, strict=True):
             found[i] = chance[first : first + len(windows)].max()

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from moralguard import __version__
 from moralguard.discriminator import packs
 from moralguard.discriminator.calibration import Calibration
 from moralguard.discriminator.character_path import load_character_path, save_character_path
-from moralguard.discriminator.paths import WordPath
 from moralguard.discriminator.tokens import WordPieces
+from moralguard.discriminator.torch_paths import WordPath
 from moralguard.discriminator.weights import is_frozen, load_network, save_network
 from moralguard.errors import DataError
 from moralguard.fitting.discriminator_calibration import calibrate
@@ -108,7 +110,11 @@ def _character_network(out: Path, data: Path, start: Path | None, base: Path | N
     folder = base or start or encoder_folder()
     network = starting_network(folder, seed).eval() if base is None else load_network(base / packs.NETWORK)
     words = WordPath(network, WordPieces(folder / packs.TOKENIZER))
-    model = train_character_path(data, seed=seed, sentence_encoder=lambda statements: words.sentence_vectors(list(statements)).clone())
+
+    def encoded(statements: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(words.sentence_vectors(list(statements)))
+
+    model = train_character_path(data, seed=seed, sentence_encoder=encoded)
     save_character_path(model, weights, sizes)
     return True
 

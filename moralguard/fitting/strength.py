@@ -17,7 +17,7 @@ from moralguard.policy import Policy
 from moralguard.schema import nearest
 
 Settings = dict[str, float]
-""""control.setting" -> value."""
+""""control.setting" or "gate.setting" -> value."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Search:
     chosen: Tried | None
     policy: Policy | None
 
+    @property
+    def without_effect(self) -> bool:
+        """Whether no combination changed anything: a gate that never opened, or controls that don't act on these prompts."""
+        return all(item.effect == self.unguarded for item in self.tried)
+
 
 def search_strengths(
     policy: Policy,
@@ -60,7 +65,9 @@ def search_strengths(
     """Measure every combination of the grid and choose the least violation within the limits.
 
     Args:
-        grid: "control.setting" -> values, such as {"dexperts.alpha": [0.5, 1, 2]}; "2.alpha" names the third control of the policy.
+        policy: its controls for this model, where it has fitted ones, are what is searched.
+        grid: "control.setting" -> values, such as {"dexperts.alpha": [0.5, 1, 2]}; "2.alpha" names the third control of the policy,
+            "gate.min_risk" a setting of its gate.
         most_perplexity: largest ratio of the continuations' perplexity to the unguarded model's.
         least_distinct: smallest ratio of their distinct 2-grams.
         checkpoint: JSON file of what has been measured; a run goes on from it.
@@ -72,6 +79,7 @@ def search_strengths(
     """
     if not grid or not all(grid.values()):
         raise DataError("the grid is empty; name settings and values, for example dexperts.alpha=0.5,1,2")
+    policy = policy.for_model(lm)
     _with_strengths(policy, dict.fromkeys(grid, 0.0) | {name: values[0] for name, values in grid.items()})
     key = json.dumps(
         [policy.digest, list(prompts), {k: list(v) for k, v in grid.items()}, measured, lm.fingerprint], sort_keys=True, default=str
@@ -144,9 +152,16 @@ def plot_search(search: Search, path: Path) -> None:
 
 
 def _with_strengths(policy: Policy, settings: Settings) -> Policy:
-    controls = list(policy.effective_controls())
+    controls, gate = list(policy.effective_controls()), policy.gate
     for name, value in settings.items():
         which, _, setting = name.rpartition(".")
+        if which == "gate":
+            if gate is None:
+                raise PolicyError(f"policy {policy.name!r} has no gate for {name!r}")
+            if setting not in type(gate).model_fields:
+                raise PolicyError(f"a gate has no setting {setting!r}; {nearest(setting, type(gate).model_fields)}")
+            gate = gate.replaced(**{setting: value})
+            continue
         names = [control.control_name for control in controls]
         if which.isdecimal() and int(which) < len(controls):
             index = int(which)
@@ -162,7 +177,7 @@ def _with_strengths(policy: Policy, settings: Settings) -> Policy:
         if setting not in fields:
             raise PolicyError(f"{which} has no setting {setting!r}; {nearest(setting, fields)}")
         controls[index] = controls[index].replaced(**{setting: value})
-    return policy.replaced(controls=tuple(controls))
+    return policy.replaced(controls=tuple(controls), gate=gate)
 
 
 def _read(checkpoint: Path | None, key: str) -> dict[str, Effect]:

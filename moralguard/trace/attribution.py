@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-import moralguard_kernels as ops
-from moralguard.decoding.rectification import rectify
+from moralguard.backends.arrays import namespace_for
+from moralguard.decoding.rectification import Rectified, rectify
 from moralguard.decoding.session import Outcome
 from moralguard.trace.records import TokenTrace
+from moralguard_kernels.numpy_rows import log_softmax, quiet
+
+if TYPE_CHECKING:
+    import torch
 
 
-def log_odds(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log p / (1 - p) of one token a row, f64[R], from logits f[R, V]; +inf where every other token is removed."""
-    z = logits.double()
-    others = z.scatter(-1, tokens[:, None], float("-inf"))
-    return z.gather(-1, tokens[:, None])[:, 0] - torch.logsumexp(others, -1)
+def score(law: Rectified, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a law says of one token a row: its log-odds log p / (1 - p) and KL(law || base), each f[R]; tokens i64[R].
+
+    +inf for the only token that the law holds, -inf for one that it doesn't. On a GPU the rectified logits are never stored; on the
+    CPU, where the draw has left them in memory, the log-odds are f64.
+    """
+    arrays = namespace_for(law.base)
+    ops = arrays.ops
+    if arrays.on_gpu(law.base) and law.computed is None:
+        _, odds, kl = ops.score_tokens(law.base, tokens, **law.arguments)
+        return odds, kl.masked_fill(~law.touched, 0.0)  # exactly, where the law is the base's own
+    kl = ops.kl_divergence(law.logits, law.base)
+    if isinstance(law.base, np.ndarray):
+        return _log_odds(law.logits, tokens), kl
+    logits = law.logits if arrays.on_gpu(law.base) else arrays.as_double(law.logits)
+    return ops.score_tokens(logits, tokens)[1], kl
 
 
+@quiet
+def _log_odds(logits: Any, tokens: Any) -> Any:
+    """``score_tokens``'s log-odds, f64[R], of NumPy logits f[R, V]."""
+    z, rows = logits.astype(np.float64), np.arange(len(tokens))
+    own = z[rows, tokens]
+    z[rows, tokens] = -np.inf
+    top = z.max(-1)
+    odds = np.where(np.isneginf(top), np.inf, own - top + log_softmax(z).max(-1))
+    return np.where(np.isneginf(own), -np.inf, odds)
+
+
+@quiet
 def trace_step(
     outcome: Outcome,
     tokens: torch.Tensor,
@@ -33,16 +61,14 @@ def trace_step(
     A control's contribution is what leaving it out would change: log-odds of the drawn token under the whole rectification minus
     those under the rectification without it. With one control that is its change against the base.
     """
-    kl = ops.kl_divergence(outcome.logits, outcome.base)
-    guarded = log_odds(outcome.logits, tokens)
+    guarded, kl = score(outcome.law, tokens)
     shares: dict[str, list[float]] = {}
     for index, name in enumerate(names):
         if outcome.terms is None:
             shares[name] = [float("nan")] * len(tokens)
             continue
         terms = outcome.terms[:index] + outcome.terms[index + 1 :]
-        without = rectify(outcome.base, terms).logits if terms else outcome.base
-        shares[name] = (guarded - log_odds(without, tokens)).tolist()
+        shares[name] = (guarded - score(rectify(outcome.base, terms), tokens)[0]).tolist()
     finite = float("inf")
     return [
         TokenTrace(

@@ -34,11 +34,12 @@ CEILINGS = {
     "refine_kernel": 248,
     "split_rows_kernel": 248,
     "rectify_kernel": 176,
+    "score_kernel": 176,
     "log_sums_kernel": 64,
     "gumbel_kernel": 64,
 }
-STREAMING = ("bound_kernel", "rectify_kernel", "log_sums_kernel")
-KERNELS = ("bound_kernel", "refine_kernel", "split_rows_kernel", "rectify_kernel", "log_sums_kernel", "gumbel_kernel")
+STREAMING = ("bound_kernel", "rectify_kernel", "score_kernel", "log_sums_kernel")
+KERNELS = ("bound_kernel", "refine_kernel", "split_rows_kernel", "rectify_kernel", "score_kernel", "log_sums_kernel", "gumbel_kernel")
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -173,6 +174,7 @@ def variants() -> dict[str, Callable[[], Any]]:
         }
         logits = whole(dtype)
         sample = partial(launch.sample_logits, logits, counterfactual=True, **noise)
+        score = partial(launch.score_tokens, logits, per_slot(torch.int64))
         found |= {
             f"mix-{name}": partial(launch.rectify_logits, logits, **mix(dtype, 2)),
             f"chain-{name}": partial(sample, **warp, **base, **mix(dtype, 2)),
@@ -180,9 +182,15 @@ def variants() -> dict[str, Callable[[], Any]]:
             f"nullspace-chain-{name}": partial(sample, **warp, **low_rank),
             f"self-debias-chain-{name}": partial(sample, **warp, **attenuation),
             f"candidates-chain-{name}": partial(sample, **warp, **base, **candidates, keep_rest=False),
+            f"score-{name}": score,
+            f"score-mix-{name}": partial(score, **mix(dtype, 2, 2), **slots),
+            f"score-nullspace-{name}": partial(score, **low_rank),
+            f"score-self-debias-{name}": partial(score, **attenuation),
+            f"score-candidates-{name}": partial(score, **candidates, keep_rest=False),
         }
     everything = {**mix(torch.bfloat16, 2, 2), **low_rank, **attenuation, **base, **slots}
     found["everything"] = partial(launch.rectify_logits, whole(torch.bfloat16), **everything, **candidates)
+    found["everything-score"] = partial(launch.score_tokens, whole(torch.bfloat16), per_slot(torch.int64), **everything, **candidates)
     found["everything-draw"] = partial(launch.sample_logits, whole(torch.bfloat16), **noise, **warp, **everything)
     found["free-draw"] = partial(launch.sample_logits, whole(torch.bfloat16), **noise, temperature=per_slot())
     found["noise"] = partial(launch.gumbel_noise, per_slot(torch.int64), per_slot(torch.int64), torch.empty(rows, 4096, dtype=torch.int64))

@@ -16,10 +16,11 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 def test_the_full_chain_compiles_without_spills() -> None:
     program = Path(__file__).with_name("compile_ahead.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(program), "--arch", "90", "--only", "mix-bfloat16", "chain-bfloat16", "noise"]
+    only = ["mix-bfloat16", "chain-bfloat16", "score-mix-bfloat16", "noise"]
+    command = [sys.executable, "-W", "ignore", str(program), "--arch", "90", "--only", *only]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = ["rectify_kernel", "bound_kernel", "refine_kernel", "split_rows_kernel", "gumbel_kernel"]
+    kernels = ["rectify_kernel", "bound_kernel", "refine_kernel", "split_rows_kernel", "score_kernel", "gumbel_kernel"]
     assert [item["kernel"] for item in found] == kernels
     assert found[-1]["fused_multiply_adds"] == 0, "the noise must round after every step, as the reference does"

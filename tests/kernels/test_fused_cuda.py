@@ -8,6 +8,9 @@ from problems import KINDS, Problem, problem
 from scipy import stats
 
 import moralguard_kernels as ops
+from moralguard.decoding.rectification import rectify
+from moralguard.decoding.terms import Attenuation, Keep, Mix, Terms
+from moralguard.trace.attribution import score
 from moralguard_kernels import philox, reference_ops
 
 pytestmark = [
@@ -60,6 +63,48 @@ def test_draws_are_the_references(kind: str, terms: tuple[str, ...], vocabulary:
     assert torch.equal(found[3] & ~ops.SPLIT, wanted[3])
     assert torch.allclose(found[1], wanted[1], atol=2e-5, rtol=1e-5)
     assert torch.allclose(found[2], wanted[2], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocabulary", [1000, 49_152, 262_144])
+def test_scores_are_the_references(kind: str, terms: tuple[str, ...], vocabulary: int) -> None:
+    p = problem(kind, terms, filters=bool(terms), rows=6, vocabulary=vocabulary, seed=3, slots=True)
+    for tokens in (reference_ops.rectify_logits(p.logits, **p.terms).argmax(-1), torch.arange(6) * 150):
+        found = ops.score_tokens(p.on("cuda").logits, tokens.cuda(), **p.on("cuda").terms)
+        for a, b in zip(found, ops.score_tokens(p.logits, tokens, **p.terms), strict=True):
+            assert torch.allclose(a.cpu(), b, atol=2e-5, rtol=1e-4)
+
+
+def test_scores_have_the_same_bits_alone_in_a_batch_and_every_time() -> None:
+    p = problem("normal", ("mix",), filters=True, rows=96, vocabulary=128_256, seed=2).on("cuda")
+    tokens = torch.arange(96, device="cuda") * 1000
+    together = ops.score_tokens(p.logits, tokens, **p.terms)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(ops.score_tokens(p.logits, tokens, **p.terms), together, strict=True))
+    for row in (0, 41, 95):
+        one = slice(row, row + 1)
+        terms = {
+            name: [s[one] for s in value] if name == "sources" else value[one] if isinstance(value, torch.Tensor) else value
+            for name, value in p.terms.items()
+        }
+        assert all(torch.equal(a, b[one]) for a, b in zip(ops.score_tokens(p.logits[one], tokens[one], **terms), together, strict=True))
+
+
+def test_a_controls_share_on_the_device_is_the_cpus() -> None:
+    """What a trace asks for: through the kernel on the device, from the rectified logits on the CPU."""
+    p = problem("normal", ("mix", "attenuation"), rows=6, vocabulary=32_000, seed=4)
+    laws = []
+    for device in ("cpu", "cuda"):
+        t = p.on(device).terms
+        terms = Terms((Mix(tuple(t["sources"]), (t["weights"][:, 1], t["weights"][:, 2])), Keep(top_p=0.9)))
+        other = Terms((Attenuation(tuple(t["biased"]), t["decay_constant"], t["epsilon"]),), torch.arange(6, device=device) % 2 == 0)
+        laws.append([rectify(p.on(device).logits, used) for used in ((terms, other), (other,), ())])
+    tokens = laws[0][0].logits.argmax(-1)
+    for here, there in zip(*laws, strict=True):
+        for wanted, found in zip(score(here, tokens), score(there, tokens.cuda()), strict=True):
+            assert torch.allclose(found.cpu().double(), wanted.double(), atol=1e-4, rtol=1e-5)
+        assert "logits" not in vars(there), "the rectified logits were stored"
 
 
 def test_identical_tokens_over_many_seeds() -> None:
@@ -170,6 +215,7 @@ def test_opcheck_on_the_device() -> None:
     p = problem("normal", ("mix", "candidates"), filters=True, warp="mixed", seed=1).on("cuda")
     for name, arguments, keywords in (
         ("rectify_logits", (p.logits,), p.terms),
+        ("score_tokens", (p.logits, p.position % 1000), p.terms),
         ("sample_logits", (p.logits, p.seed, p.position), {**p.warp, **p.terms, "counterfactual": True}),
     ):
         assert set(torch.library.opcheck(getattr(torch.ops.moralguard, name).default, arguments, keywords).values()) == {"SUCCESS"}

@@ -139,6 +139,63 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch() -> None:
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone[:4], together[:4], strict=True))
 
 
+def tokens_of(p: Problem) -> torch.Tensor:
+    """The most probable token in the first row, any token in the second, one of the candidates in the others."""
+    tokens = reference_ops.rectify_logits(p.logits, **p.terms).argmax(-1)
+    tokens[1] = 998
+    if "candidate_ids" in p.terms:
+        tokens[2:] = p.terms["candidate_ids"][2:, 33]
+    return tokens
+
+
+def score_both(p: Problem, tokens: torch.Tensor, shape: str = "wide") -> tuple[torch.Tensor, ...]:
+    found = launch.score_tokens(p.logits, tokens, **p.terms, shape=SHAPES[shape])
+    for a, b in zip(found, reference_ops.score_tokens(p.logits, tokens, **p.terms), strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("terms", [(), ("two mixes", "low rank")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_any_and_of_the_most_probable_tokens(kind: str, terms: tuple[str, ...], dtype: torch.dtype) -> None:
+    p = problem(kind, terms, dtype=dtype, seed=11)
+    score_both(p, tokens_of(p))
+
+
+@pytest.mark.parametrize("terms", [(), ("attenuation",), ("mix", "candidates"), ("low rank", "biased candidates")])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_under_filters_and_candidates(terms: tuple[str, ...], seed: int, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHUNK", 16)  # several chunks of candidates, the last of them of none
+    p = problem("holes" if seed else "normal", terms, filters=True, seed=seed, slots=bool(seed))
+    score_both(p, tokens_of(p), shape)
+
+
+def test_scores_keep_infinite_and_nearly_certain_odds() -> None:
+    z = torch.full((4, 1000), float("-inf"))
+    z[0, 7], z[0, 600] = 69.0, 0.0
+    z[1, 7] = 3.0
+    z[2, 600] = 3.0
+    log_probability, log_odds, kl = score_both(Problem(z, torch.empty(0), torch.empty(0)), torch.full((4,), 7))
+    assert log_odds.tolist() == [69.0, float("inf"), float("-inf"), float("-inf")]
+    assert log_probability[0] == pytest.approx(-1.08e-30, rel=1e-2)
+    assert log_probability[1:].tolist() == [0.0, float("-inf"), float("-inf")]
+    assert kl.tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_row_is_scored_alone_as_in_a_batch() -> None:
+    p = problem("normal", ("mix", "low rank"), filters=True, seed=3, rows=4)
+    tokens = torch.tensor([1, 400, 777, 999])
+    together = launch.score_tokens(p.logits, tokens, **p.terms, shape=SHAPES["wide"])
+    for row in range(4):
+        one = slice(row, row + 1)
+        terms = {name: [s[one] for s in value] if name == "sources" else value[one] for name, value in p.terms.items() if name != "groups"}
+        terms |= {"groups": [2], "projection": p.terms["projection"]}
+        alone = launch.score_tokens(p.logits[one], tokens[one], **terms, shape=SHAPES["wide"])
+        assert all(torch.equal(a, b[one]) for a, b in zip(alone, together, strict=True))
+
+
 def test_ids_outside_the_vocabulary_are_no_candidates() -> None:
     p = problem("normal", ("candidates",), seed=0)
     p.terms["candidate_ids"][:, 0] = 10**6

@@ -11,15 +11,16 @@ from problems import KINDS, TERMS, Problem, problem
 from scipy import stats
 
 import moralguard_kernels as ops
+from moralguard_kernels import reference_ops
 
 
-def naive_law(p: Problem) -> np.ndarray:
-    """exp of float64 log-probabilities of the rectified law, by loops over rows and the formulas of the module's docstring."""
+def naive_logits(p: Problem) -> np.ndarray:
+    """Rectified logits in float64, by loops over rows and the formulas of the module's docstring; -inf where removed."""
     z = p.logits.double().numpy()
     t = p.terms
     out = np.full_like(z, -np.inf)
     slots = t["slots"].tolist() if "slots" in t else list(range(len(z)))
-    biggest = float(torch.finfo(torch.float32).max)
+    biggest = float(torch.finfo(torch.float64 if p.logits.dtype == torch.float64 else torch.float32).max)
     for r, row in enumerate(z):
         s = slots[r]
         base = np.where(np.isnan(row), -np.inf, np.minimum(row, biggest))
@@ -55,8 +56,28 @@ def naive_law(p: Problem) -> np.ndarray:
             total[ids] += t["candidate_bias"][r, : max(count, 0)].double().numpy()
             if not t["keep_rest"] and count >= 0:
                 keep &= np.isin(np.arange(len(base)), ids)
-        out[r] = np.where(keep, total, -np.inf)
-    return np.stack([softmax(row) for row in out])
+        out[r] = np.where(keep, np.minimum(total, biggest), -np.inf)
+    return out
+
+
+def naive_law(p: Problem) -> np.ndarray:
+    return np.stack([softmax(row) for row in naive_logits(p)])
+
+
+def naive_score(guarded: np.ndarray, base: np.ndarray, token: int) -> tuple[float, float, float]:
+    """(log p, log p / (1 - p), KL) of one row from its logits in float64, the other tokens summed by themselves."""
+    log_odds = -np.inf if np.isneginf(guarded[token]) else guarded[token] - log_sum(np.delete(guarded, token))
+    if np.all(np.isneginf(guarded)):
+        return -np.inf, log_odds, 0.0
+    inside = softmax(guarded) > 0
+    log_p, log_q = (z - log_sum(z) for z in (guarded, base))
+    kl = (np.exp(log_p[inside]) * (log_p[inside] - log_q[inside])).sum()
+    return (-np.inf if np.isneginf(log_odds) else -np.logaddexp(0.0, -log_odds)), log_odds, max(kl, 0.0)
+
+
+def log_sum(z: np.ndarray) -> float:
+    top = z.max(initial=-np.inf)
+    return -np.inf if np.isneginf(top) else top + np.log(np.exp(z - top).sum())
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -101,6 +122,69 @@ def test_log_probability_and_kl_are_those_of_the_rectified_law(terms: tuple[str,
     assert torch.equal(other, ops.sample_logits(p.logits, p.seed, p.position, **p.warp)[0])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    terms=st.lists(st.sampled_from(TERMS), unique=True, max_size=4),
+    filters=st.booleans(),
+    slots=st.booleans(),
+    single=st.booleans(),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on the infinite products that count nothing
+def test_scores_of_tokens_are_those_of_naive_float64(
+    kind: str, terms: list[str], filters: bool, slots: bool, single: bool, seed: int, data: st.DataObject
+) -> None:
+    """Rows with NaN, +inf and without any token among them; float64 logits give float64 scores."""
+    if "mix" in terms and "two mixes" in terms:
+        terms.remove("mix")
+    p = problem(kind, tuple(terms), filters=filters, slots=slots, seed=seed, vocabulary=400)
+    if not single:
+        p.logits = p.logits.double()
+        if "projection" in p.terms:  # whose product is taken in its own precision
+            p.terms["projection"] = p.terms["projection"].double()
+    tokens = data.draw(st.lists(st.integers(0, 399), min_size=3, max_size=3))
+    if data.draw(st.booleans()):  # the most probable ones
+        tokens = naive_logits(p).argmax(-1).tolist()
+    found = ops.score_tokens(p.logits, torch.tensor(tokens), **p.terms)
+    assert {item.dtype for item in found} == {p.logits.dtype}
+    guarded = naive_logits(p)
+    kept = torch.isneginf(reference_ops.rectify_logits(p.logits, **p.terms)).numpy() == np.isneginf(guarded)
+    base = reference_ops.rows.sanitize_logits(p.logits).double().numpy()
+    biggest = float(torch.finfo(p.logits.dtype).max)
+    close = {"rtol": 1e-4, "atol": 1e-4} if single else {"rtol": 1e-9, "atol": 1e-9}
+    for row, token in enumerate(tokens):
+        if kept[row].all():  # else rounding puts a token on the other side of a filter's edge
+            log_probability, log_odds, kl = naive_score(guarded[row], base[row], token)
+            own = [item[row].item() for item in found]
+            assert np.allclose(own[:2], [log_probability, log_odds], **close), (row, token)
+            # beside a base's +inf, which counts as the largest number, every other token's distance is about as large
+            assert np.isclose(min(own[2], biggest), min(kl, biggest), **close), (row, token)
+
+
+def test_log_odds_of_a_nearly_certain_token_are_not_a_difference() -> None:
+    """1 - p is 1e-30 here: log p / (1 - p) by p alone would be infinite, and log p zero."""
+    z = torch.tensor([[69.0, 0.0, float("-inf")], [0.0, float("-inf"), float("-inf")], [float("nan")] * 3])
+    log_probability, log_odds, kl = ops.score_tokens(z, torch.tensor([0, 0, 0]))
+    assert log_odds.tolist() == [69.0, float("inf"), float("-inf")]
+    assert log_probability.tolist() == pytest.approx([-np.exp(-69.0), 0.0, float("-inf")], rel=1e-5)
+    assert kl.tolist() == [0.0, 0.0, 0.0]
+    assert ops.score_tokens(z, torch.tensor([2, 1, 1]))[1].tolist() == [float("-inf")] * 3
+
+
+def test_a_row_is_scored_alone_as_in_a_batch() -> None:
+    p = problem("normal", ("two mixes", "low rank"), seed=5, rows=5, vocabulary=3000)
+    tokens = torch.arange(5)
+    together = ops.score_tokens(p.logits, tokens, **p.terms)
+    for row in range(5):
+        one = slice(row, row + 1)
+        own = dict(p.terms, sources=[s[one] for s in p.terms["sources"]])
+        own |= {name: p.terms[name][one] for name in ("weights", "coefficients")}
+        alone = ops.score_tokens(p.logits[one], tokens[one], **own)
+        assert all(torch.equal(a, b[one]) for a, b in zip(alone, together, strict=True))
+
+
 def test_draws_follow_the_law_at_every_temperature() -> None:
     """A million draws each, chi-squared, Holm's correction over the temperatures at .001."""
     vocabulary, draws, chunk = 16, 1_000_000, 250_000
@@ -123,11 +207,12 @@ def opcheck_arguments() -> dict[str, tuple[tuple[torch.Tensor, ...], dict[str, o
     return {
         "rectify_logits": ((p.logits,), p.terms),
         "sample_logits": ((p.logits, p.seed, p.position), {**p.warp, **p.terms, "counterfactual": True}),
+        "score_tokens": ((p.logits, torch.tensor([1, 2, 3])), p.terms),
         "gumbel_noise": ((p.seed, p.position, torch.arange(21).reshape(3, 7)), {}),
     }
 
 
-@pytest.mark.parametrize("name", ["rectify_logits", "sample_logits", "gumbel_noise"])
+@pytest.mark.parametrize("name", ["rectify_logits", "sample_logits", "score_tokens", "gumbel_noise"])
 def test_opcheck(name: str) -> None:
     arguments, keywords = opcheck_arguments()[name]
     found = torch.library.opcheck(getattr(torch.ops.moralguard, name).default, arguments, keywords)

@@ -49,6 +49,22 @@ def log_sums_kernel(terms, partials, log_sums, arrivals, vocabulary, tiles, TILE
 
 
 @triton.jit
+def candidates_at(terms, ids_of, bias_of, row, slot, each, count, threshold, vocabulary, RANK: tl.constexpr):
+    """(ids, which of them there are, base logits, rectified logits with their bias) of a row's candidates at these places.
+
+    Ids outside the vocabulary aren't there; what the base's filters remove (keys under ``threshold``) is -inf.
+    """
+    there = each < count
+    chosen = tl.load(ids_of[0] + row.to(tl.int64) * ids_of[1] + each, mask=there, other=0).to(tl.int32)
+    there = there & (chosen >= 0) & (chosen < vocabulary)
+    bias = finite_or_zero(tl.load(bias_of[0] + row.to(tl.int64) * bias_of[1] + each, mask=there, other=0.0).to(tl.float32))
+    at = base_logits(terms, row, chosen, there)
+    biased = rectified(terms, at, row, slot, chosen, there, RANK)
+    biased = tl.where(at > float("-inf"), tl.minimum(biased + bias, LARGEST), float("-inf"))
+    return chosen, there, at, tl.where(ordered_key(at) >= threshold, biased, float("-inf"))
+
+
+@triton.jit
 def rectify_kernel(
     terms,
     thresholds,
@@ -89,14 +105,7 @@ def rectify_kernel(
             tl.debug_barrier()
             tl.store(arrivals + row, 0)
             each = tl.arange(0, CANDIDATES)
-            there = each < count
-            chosen = tl.load(ids_of[0] + row.to(tl.int64) * ids_of[1] + each, mask=there, other=0).to(tl.int32)
-            there = there & (chosen >= 0) & (chosen < vocabulary)
-            bias = finite_or_zero(tl.load(bias_of[0] + row.to(tl.int64) * bias_of[1] + each, mask=there, other=0.0).to(tl.float32))
-            at = base_logits(terms, row, chosen, there)
-            biased = rectified(terms, at, row, slot, chosen, there, RANK)
-            biased = tl.where(at > float("-inf"), tl.minimum(biased + bias, LARGEST), float("-inf"))
-            biased = tl.where(ordered_key(at) >= threshold, biased, float("-inf"))
+            chosen, there, _, biased = candidates_at(terms, ids_of, bias_of, row, slot, each, count, threshold, vocabulary, RANK)
             tl.store(place + chosen, biased.to(out.dtype.element_ty), mask=there)
 
 

@@ -15,6 +15,7 @@ from .bound import bound_kernel
 from .dense import gumbel_kernel, log_sums_kernel, rectify_kernel
 from .refine import refine_kernel
 from .rows import Draw, Result, Work
+from .score import score_kernel
 from .split_rows import split_rows_kernel
 from .split_state import Split
 from .terms import Terms
@@ -29,6 +30,7 @@ STRIP = 256  # groups a program of the second launch looks over
 BLOCK = 2048  # tokens it reads at a time; half of it with an attenuation, whose sources fill the registers
 FEW = 512
 CAPACITY = 2048
+CHUNK = 1024  # candidates that the scoring launch reads at a time
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,49 @@ def _outputs(
         result.flags[:rows],
         result.counterfactual if counterfactual else result.token.new_empty(0),
     )
+
+
+def score_tokens(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    sources: Sequence[torch.Tensor] | None = None,
+    groups: Sequence[int] | None = None,
+    weights: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
+    biased: Sequence[torch.Tensor] | None = None,
+    decay_constant: torch.Tensor | None = None,
+    epsilon: torch.Tensor | None = None,
+    candidate_ids: torch.Tensor | None = None,
+    candidate_bias: torch.Tensor | None = None,
+    candidate_count: torch.Tensor | None = None,
+    keep_rest: bool = True,
+    base_top_k: torch.Tensor | None = None,
+    base_top_p: torch.Tensor | None = None,
+    base_min_p: torch.Tensor | None = None,
+    *,
+    shape: Shape | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One launch; with base filters the launches that find their thresholds before, with an attenuation its log-sums."""
+    rows, vocabulary = logits.shape
+    if rows > _MOST_ROWS:
+        raise ValueError(f"{rows} rows in one call; at most {_MOST_ROWS}: split the batch")
+    shape = shape or shape_of(vocabulary)
+    device = logits.device
+    terms = _terms(logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon)
+    thresholds = _base_thresholds(terms, rows, shape, base_top_k, base_top_p, base_min_p)
+    terms = _with_log_sums(terms, rows, shape)
+    ids, bias, count, candidates = _candidates(candidate_ids, candidate_bias, candidate_count, rows)
+    log_probability, log_odds, kl = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    partials = torch.empty(rows, shape.tiles, 5, dtype=torch.float32, device=device)
+    score_kernel[(shape.tiles, rows)](
+        terms, thresholds, ids, bias, count, _vector(tokens), log_probability, log_odds, kl, partials,
+        _arrival_counters(device, rows), vocabulary, shape.tiles,
+        RANK=_rank(projection), KEEP_REST=keep_rest, CANDIDATES=candidates, CHUNK=min(candidates, CHUNK), TILE=shape.tile,
+        TILES=triton.next_power_of_2(shape.tiles), num_warps=shape.warps, **_OPTIONS,
+    )  # fmt: skip
+    return log_probability, log_odds, kl
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

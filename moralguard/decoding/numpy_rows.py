@@ -1,0 +1,190 @@
+"""Rows of one batched forward of a model that computes with NumPy arrays (ONNX Runtime)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moralguard.backends.numpy_arrays import Array, left_padded
+from moralguard.errors import PromptError
+
+
+class RowGroup:
+    """``torch_rows.RowGroup`` on NumPy arrays: rows that ride one forward, left-padded, with their KV cache.
+
+    Attributes:
+        logits: f32[R, V] at the newest position of every row.
+        hidden: f32[R, d] last hidden state there, when captured; head_logits f32[R, V] where the head bends its logits.
+        hidden_sum: f32[R, d] sum of the hidden states of all positions **before** the newest, when states are kept.
+        mask: i64[R, W], 0 at padding.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[None],
+        *,
+        hidden: bool = False,
+        states: bool = False,
+    ):
+        self.lm = lm
+        self._capture_hidden, self._capture_states = hidden or states, states
+        self.lengths = [len(row) for row in rows]
+        self._check_room("needs")
+        ids, self.mask = left_padded(rows, lm)
+        self.hidden: Array | None = None
+        self.hidden_sum: Array | None = None
+        self.cache = lm.new_cache()
+        self._forward(ids, first=True)
+
+    @property
+    def rewindable(self) -> bool:
+        """Always: a graph's cache holds keys and values only."""
+        return True
+
+    def _check_room(self, verb: str) -> None:
+        limit = self.lm.context_length
+        if limit is not None and max(self.lengths) > limit:
+            raise PromptError(
+                f"a pass of {self.lm.name} {verb} {max(self.lengths)} tokens with its prefix, but its context holds {limit}; "
+                "shorten the prompt or the prefix"
+            )
+
+    def _forward(self, ids: Array, first: bool = False) -> None:
+        count = ids.shape[1]
+        padded = min(self.lengths) < self.mask.shape[1]
+        output = self.lm.forward(
+            cache=self.cache,
+            input_ids=ids,
+            attention_mask=self.mask if padded else None,
+            position_ids=np.maximum(self.mask.cumsum(-1) - 1, 0)[:, -count:],
+            hidden=self._capture_hidden,
+            states=self._capture_states,
+        )
+        self.logits, self.head_logits = output.logits, output.head_logits
+        if self._capture_states:
+            states = output.states.astype(np.float32, copy=False)
+            seen = (states * self.mask[:, -count:, None].astype(np.float32)).sum(1) - states[:, -1]
+            if first or self.hidden_sum is None or self.hidden is None:
+                self.hidden_sum = seen
+            else:
+                self.hidden_sum = self.hidden_sum + self.hidden.astype(np.float32) + seen
+        self.hidden = output.hidden
+
+    def advance(self, tokens: Array) -> None:
+        """Append tokens i64[R, n] to every row and read them."""
+        self.mask = np.concatenate([self.mask, np.ones_like(tokens)], axis=-1)
+        self.lengths = [n + tokens.shape[1] for n in self.lengths]
+        self._check_room("would read")
+        self._forward(tokens)
+
+    def select(self, rows: Array) -> None:
+        """Keep and reorder rows (i64[n]; an index may repeat), and drop columns that only held padding of rows gone."""
+        self.cache.select_rows(rows)
+        self.lengths = [self.lengths[i] for i in rows.tolist()]
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+        for name in ("hidden", "head_logits", "hidden_sum"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[rows])
+        unused = self.mask.shape[1] - max(self.lengths)
+        if unused:
+            self.cache.drop_oldest(unused)
+            self.mask = self.mask[:, unused:]
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""
+        self.cache.drop_newest(tokens)
+        self.mask = self.mask[:, :-tokens]
+        self.lengths = [n - tokens for n in self.lengths]
+
+    def key_values(self) -> list[tuple[Array, Array]]:
+        """Keys and values [R, heads, W, head_dim] a layer, the newest position included."""
+        pairs: list[tuple[Array, Array]] = self.cache.key_values()
+        return pairs
+
+
+class SeparateRows:
+    """A ``RowGroup`` for a graph that takes no attention mask, where padding would be read as text: rows of one length share a pass.
+
+    Attributes: as ``RowGroup``.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[None],
+        *,
+        hidden: bool = False,
+        states: bool = False,
+    ):
+        self.lm = lm
+        lengths = sorted({len(row) for row in rows})
+        members = [[row for row in rows if len(row) == length] for length in lengths]
+        self._groups = [RowGroup(lm, own, [None] * len(own), hidden=hidden, states=states) for own in members]
+        self._lay_out([lengths.index(len(row)) for row in rows])
+
+    def _lay_out(self, groups: Sequence[int]) -> None:
+        """Take note of the group of each row; in its group a row stands behind those named before it."""
+        self._place = [(group, list(groups[:row]).count(group)) for row, group in enumerate(groups)]
+
+    @property
+    def rewindable(self) -> bool:
+        """Always, as ``RowGroup``."""
+        return True
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self._groups[group].lengths[row] for group, row in self._place]
+
+    @property
+    def mask(self) -> Array:
+        return left_padded([[0] * length for length in self.lengths], self.lm)[1]
+
+    def _gathered(self, name: str) -> Array | None:
+        parts = [getattr(group, name) for group in self._groups]
+        return None if any(part is None for part in parts) else np.stack([parts[group][row] for group, row in self._place])
+
+    @property
+    def logits(self) -> Array | None:
+        return self._gathered("logits")
+
+    @property
+    def hidden(self) -> Array | None:
+        return self._gathered("hidden")
+
+    @property
+    def head_logits(self) -> Array | None:
+        return self._gathered("head_logits")
+
+    @property
+    def hidden_sum(self) -> Array | None:
+        return self._gathered("hidden_sum")
+
+    def advance(self, tokens: Array) -> None:
+        """Append tokens i64[R, n] to every row and read them."""
+        for index, group in enumerate(self._groups):
+            group.advance(tokens[[row for row, (own, _) in enumerate(self._place) if own == index]])
+
+    def select(self, rows: Array) -> None:
+        """Keep and reorder rows (i64[n]; an index may repeat)."""
+        chosen = [self._place[row] for row in rows.tolist()]
+        kept = sorted({group for group, _ in chosen})
+        for index in kept:
+            self._groups[index].select(np.array([row for group, row in chosen if group == index], dtype=np.int64))
+        self._groups = [self._groups[index] for index in kept]
+        self._lay_out([kept.index(group) for group, _ in chosen])
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the newest tokens of every row."""
+        for group in self._groups:
+            group.rewind(tokens)
+
+
+def row_group_of(lm: Any) -> type[RowGroup] | type[SeparateRows]:
+    """The class of a model's row groups."""
+    return RowGroup if getattr(lm, "takes_padding", True) else SeparateRows

@@ -1,0 +1,115 @@
+"""Rows of one batched forward of a PyTorch model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moralguard.backends.hf import LanguageModel
+from moralguard.backends.kv_cache import KeyValue, drop_newest, drop_oldest, is_plain, key_values, select_rows
+from moralguard.backends.lora import LoraAdapter, apply_adapters
+from moralguard.errors import PromptError
+
+
+class RowGroup:
+    """Rows that ride one batched forward of one model, left-padded, with their KV cache.
+
+    Attributes:
+        logits: f32[R, V] at the newest position of every row.
+        hidden: f[R, d] last hidden state there, when captured; head_logits f[R, V] likewise.
+        hidden_sum: f32[R, d] sum of the hidden states of all positions **before** the newest, when states are kept.
+        mask: i64[R, W], 0 at padding.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: Sequence[Sequence[int]],
+        adapters: Sequence[LoraAdapter | None],
+        *,
+        hidden: bool = False,
+        states: bool = False,
+    ):
+        self.lm = lm
+        self.adapters = list(adapters)
+        self._capture_hidden, self._capture_states = hidden or states, states
+        width = max(len(row) for row in rows)
+        if lm.context_length is not None and width > lm.context_length:
+            raise PromptError(
+                f"a pass of {lm.name} needs {width} tokens with its prefix, but its context holds {lm.context_length}; "
+                "shorten the prompt or the prefix"
+            )
+        self.lengths = [len(row) for row in rows]
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.as_tensor(row)
+            mask[i, width - len(row) :] = 1
+        self.mask = mask.to(lm.device)
+        self.hidden: torch.Tensor | None = None
+        self.hidden_sum: torch.Tensor | None = None
+        self.cache = lm.new_cache()
+        self._forward(ids.to(lm.device), first=True)
+
+    @property
+    def rewindable(self) -> bool:
+        return is_plain(self.lm.model.config.get_text_config())
+
+    def _forward(self, ids: torch.Tensor, first: bool = False) -> None:
+        count = ids.shape[1]
+        padded = min(self.lengths) < self.mask.shape[1]
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
+        with apply_adapters(self.adapters):
+            output = self.lm.forward(
+                cache=self.cache,
+                input_ids=ids,
+                attention_mask=self.mask if padded else None,
+                position_ids=positions,
+                hidden=self._capture_hidden,
+                states=self._capture_states,
+            )
+        self.logits, self.head_logits = output.logits, output.head_logits
+        if self._capture_states and output.states is not None:
+            seen = (output.states.float() * self.mask[:, -count:, None]).sum(1) - output.states[:, -1].float()
+            if first or self.hidden_sum is None or self.hidden is None:
+                self.hidden_sum = seen
+            else:
+                self.hidden_sum = self.hidden_sum + self.hidden.float() + seen
+        self.hidden = output.hidden
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Append tokens i64[R, n] to every row and read them."""
+        tokens = tokens.to(self.lm.device)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(tokens.shape)], dim=-1)
+        self.lengths = [n + tokens.shape[1] for n in self.lengths]
+        if self.lm.context_length is not None and max(self.lengths) > self.lm.context_length:
+            raise PromptError(f"a pass of {self.lm.name} has outgrown its context of {self.lm.context_length} tokens")
+        self._forward(tokens)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep and reorder rows (i64[n]; an index may repeat), and drop columns that only held padding of rows gone."""
+        index = rows.to(self.mask.device)
+        select_rows(self.cache, index)
+        self.adapters = [self.adapters[i] for i in rows.tolist()]
+        self.lengths = [self.lengths[i] for i in rows.tolist()]
+        self.mask = self.mask[index]
+        self.logits = self.logits[index]
+        for name in ("hidden", "head_logits", "hidden_sum"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[index])
+        unused = self.mask.shape[1] - max(self.lengths)
+        if unused and self.rewindable:
+            drop_oldest(self.cache, unused)
+            self.mask = self.mask[:, unused:]
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""
+        drop_newest(self.cache, tokens)
+        self.mask = self.mask[:, :-tokens]
+        self.lengths = [n - tokens for n in self.lengths]
+
+    def key_values(self) -> list[KeyValue]:
+        """Keys and values [R, heads, W, head_dim] a layer, the newest position included; views, not to be written to."""
+        return key_values(self.cache)

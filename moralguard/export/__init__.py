@@ -1,0 +1,1 @@
+"""ONNX decoders with a cache from Hugging Face models: ``moralguard export``."""
