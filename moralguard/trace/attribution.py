@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from moralguard.backends.arrays import namespace_for
 from moralguard.decoding.rectification import Rectified, rectify
 from moralguard.decoding.session import Outcome
 from moralguard.trace.records import TokenTrace
-from moralguard_kernels.numpy_rows import log_softmax, quiet
+from moralguard_kernels.numpy_rows import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -28,22 +26,8 @@ def score(law: Rectified, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     if arrays.on_gpu(law.base) and law.computed is None:
         _, odds, kl = ops.score_tokens(law.base, tokens, **law.arguments)
         return odds, kl.masked_fill(~law.touched, 0.0)  # exactly, where the law is the base's own
-    kl = ops.kl_divergence(law.logits, law.base)
-    if isinstance(law.base, np.ndarray):
-        return _log_odds(law.logits, tokens), kl
     logits = law.logits if arrays.on_gpu(law.base) else arrays.as_double(law.logits)
-    return ops.score_tokens(logits, tokens)[1], kl
-
-
-@quiet
-def _log_odds(logits: Any, tokens: Any) -> Any:
-    """``score_tokens``'s log-odds, f64[R], of NumPy logits f[R, V]."""
-    z, rows = logits.astype(np.float64), np.arange(len(tokens))
-    own = z[rows, tokens]
-    z[rows, tokens] = -np.inf
-    top = z.max(-1)
-    odds = np.where(np.isneginf(top), np.inf, own - top + log_softmax(z).max(-1))
-    return np.where(np.isneginf(own), -np.inf, odds)
+    return ops.score_tokens(logits, tokens)[1], ops.kl_divergence(law.logits, law.base)
 
 
 @quiet
