@@ -140,18 +140,6 @@ def softmax(logits: Array) -> Array:
     return ops.softmax(logits)
 
 
-def log_softmax(logits: Array) -> Array:
-    return ops.log_softmax(logits)
-
-
-@quiet
-def logsumexp(logits: Array) -> Array:
-    """[R] of [R, V]."""
-    top = logits.max(-1, keepdims=True)
-    top = np.where(np.isfinite(top), top, logits.dtype.type(0))
-    return np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
-
-
 @quiet
 def log_sigmoid(values: Array) -> Array:
     return np.minimum(values, 0) - np.log1p(np.exp(-np.abs(values)))

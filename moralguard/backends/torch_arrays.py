@@ -118,15 +118,6 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits, -1)
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, -1)
-
-
-def logsumexp(logits: Tensor) -> Tensor:
-    """[R] of [R, V]."""
-    return torch.logsumexp(logits, -1)
-
-
 def log_sigmoid(values: Tensor) -> Tensor:
     return torch.nn.functional.logsigmoid(values)
 

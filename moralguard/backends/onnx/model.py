@@ -181,10 +181,11 @@ class OnnxLanguageModel:
         request = passes.Request(np.asarray(input_ids), np.asarray(attention_mask), position_ids, self._strength(strength, rows), wants)
         if isinstance(cache, SharedCache):
             found = passes.run_shared(self.runner, cache, request)
-        else:
-            assert isinstance(cache, GrowingCache)
+        elif isinstance(cache, GrowingCache):
             runner = self.first if self.first is not None and cache.length == 0 else self.runner
             found = passes.run_growing(runner, cache, request)
+        else:
+            raise ModelError(f"the cache of a pass of {self.name} is a {type(cache).__name__}; start with the model's own new_cache()")
         if not wants:
             return OnnxForward(found.logits)
         return OnnxForward(found.logits, found.hidden, self._head_logits(found), found.states if states else None)

@@ -83,16 +83,15 @@ def run_growing(runner: Runner, cache: GrowingCache, request: Request) -> Found:
     cache.update(presents, rows, tokens)
     by_name = dict(zip(wanted, arrays, strict=True))
 
-    def last(name: str | None) -> np.ndarray | None:
-        return _float(_rows(by_name[name], rows)[:, -1]) if name in by_name and name is not None else None
+    def last(name: str) -> np.ndarray:
+        return _float(_rows(by_name[name], rows)[:, -1])
 
-    logits = last(runner.ports.logits)
-    assert logits is not None
+    hidden, before = (last(name) if name is not None and name in by_name else None for name in (runner.hidden, runner.before))
     states = _float(_rows(by_name[runner.hidden], rows)) if runner.hidden in by_name and runner.hidden is not None else None
     seen = request.mask[:, -tokens:]
     if states is not None and not seen.all() and states.shape[1] == tokens:
         states = np.where(seen[..., None] != 0, states, np.float32(0))  # padding may hold anything, NaN too
-    return Found(logits, last(runner.hidden), last(runner.before), states)
+    return Found(last(runner.ports.logits), hidden, before, states)
 
 
 def _one_by_one(step: Any, request: Request, length: int) -> Found:
@@ -159,14 +158,11 @@ def _grouped(runner: Runner, cache: SharedCache, request: Request, before: np.nd
     by_name = {name: _rows(array, rows) for name, array in zip(wanted, arrays, strict=True)}
     ends = lengths - before - 1
 
-    def last(name: str | None) -> np.ndarray | None:
-        if name is None or name not in by_name:
-            return None
+    def last(name: str) -> np.ndarray:
         array = by_name[name]
         return _float(array[:, -1] if array.shape[1] != tokens else array[np.arange(rows), ends])
 
-    logits = last(ports.logits)
-    assert logits is not None
+    hidden, before_cap = (last(name) if name is not None and name in by_name else None for name in (runner.hidden, runner.before))
     states = _float(by_name[runner.hidden]) if runner.hidden is not None and runner.hidden in by_name else None
     short = by_name[ports.logits].shape[1] != tokens
-    return Found(logits, last(runner.hidden), last(runner.before), states, short)
+    return Found(last(ports.logits), hidden, before_cap, states, short)

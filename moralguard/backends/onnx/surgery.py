@@ -42,8 +42,9 @@ def expose(model: Any, places: Sequence[HeadPlace], *, hidden: bool, before: boo
     for name, part in wanted:
         for place in places:
             _add_output(place.scope, getattr(place, part), name)
-        if places[0].scope.outer is not None:
-            _lift(places, name)
+        outer = places[0].scope.outer
+        if outer is not None:
+            _lift(outer, name)
 
 
 def _float_info(name: str) -> Any:
@@ -60,10 +61,8 @@ def _add_output(scope: Scope, tensor: str, name: str) -> None:
     scope.graph.output.append(_float_info(name))
 
 
-def _lift(places: Sequence[HeadPlace], name: str) -> None:
-    """Give a branch's new output as an output of the If, under the same name."""
-    outer = places[0].scope.outer
-    assert outer is not None
+def _lift(outer: Scope, name: str) -> None:
+    """Give a branch's new output as an output of the If of the graph around it, under the same name."""
     for node in outer.graph.node:
         if node.op_type == "If" and any(any(output.name == name for output in a.g.output) for a in node.attribute if a.HasField("g")):
             # an inner name must differ from the outer one
