@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch
+import numpy as np
+
+from moralguard.decoding.history import Ids, host_ids, leading
 
 _MODULE = "transformers.generation.utils"
 _FRAMES = 60
@@ -29,7 +31,7 @@ class RunningCall:
     """
 
     identity: Any
-    padding: torch.Tensor | None
+    padding: Ids | None
 
 
 def running_call(rows: int) -> RunningCall | None:
@@ -49,9 +51,9 @@ def running_call(rows: int) -> RunningCall | None:
     return None if identity is None else RunningCall(identity, padding)
 
 
-def _padding(mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+def _padding(mask: Any, rows: int) -> Ids | None:
     if mask is None:
-        return torch.zeros(rows, dtype=torch.int64)  # transformers drops a mask of all ones
+        return np.zeros(rows, np.int64)  # transformers drops a mask of all ones
     if mask.ndim == 2 and mask.shape[0] == rows:
-        return (mask == 0).int().cumprod(-1).sum(-1).to("cpu", torch.int64)
+        return leading(host_ids(mask) == 0)
     return None

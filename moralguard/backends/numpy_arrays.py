@@ -20,8 +20,8 @@ bool_, int32, int64, float32 = np.bool_, np.int32, np.int64, np.float32
 where, minimum, maximum = np.where, np.minimum, np.maximum
 
 
-def integers(values: Sequence[int], lm: Any = None) -> Array:
-    """i64[n]."""
+def integers(values: Any, lm: Any = None) -> Array:
+    """i64 of integers in any form."""
     return np.array(values, dtype=np.int64)
 
 

@@ -16,8 +16,8 @@ bool_, int32, int64, float32 = torch.bool, torch.int32, torch.int64, torch.float
 where, minimum, maximum = torch.where, torch.minimum, torch.maximum
 
 
-def integers(values: Sequence[int], lm: Any = None) -> Tensor:
-    """i64[n], on the model's device where one is given."""
+def integers(values: Any, lm: Any = None) -> Tensor:
+    """i64 of integers in any form, on the model's device where one is given."""
     return torch.tensor(values, dtype=torch.int64, device=None if lm is None else lm.device)
 
 

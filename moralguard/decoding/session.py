@@ -329,7 +329,7 @@ class Session:
         self._pending = None
         arrays = self._arrays
         if found.parents is not None:
-            self.select(found.parents)
+            self.select(arrays.integers(found.parents, self.lm))
         # what opened a gate behind the last token that stays was another text
         self._opened = arrays.masked_fill(self._opened, self._opened > self.generated - found.dropped, _NEVER)
         generated = int(self.generated.max())
@@ -338,7 +338,7 @@ class Session:
             known = self._log_odds[:, : max(0, generated - found.dropped)]
             unknown = arrays.full((self.rows, int(self.generated.max()) - known.shape[1]), float("nan"), arrays.float32, known)
             self._log_odds = arrays.cat([known, unknown], -1)
-        tokens = arrays.beside(found.tokens, self.history)
+        tokens = arrays.integers(found.tokens, self.lm)
         kept = self.history.shape[1] - found.dropped
         self.history, self.mask = self.history[:, :kept], self.mask[:, :kept]
         self._read(tokens)

@@ -104,10 +104,6 @@ def all_nodes(graph: Any) -> Iterator[Any]:
                 yield from all_nodes(attribute.g)
 
 
-def outputs_of(graph: Any) -> list[Value]:
-    return _values(graph.output)
-
-
 def inspect(model: Any, where: str, heads: int | None = None, size: int | None = None) -> Ports:
     """Find the parts of a decoder's graph.
 
