@@ -178,7 +178,7 @@ class StepProcessor:
     def _checked(self, outcome: Outcome) -> Array:
         """The guarded logits; the base's in rows whose every token was removed, where the policy fails open."""
         arrays, logits = self._arrays, outcome.logits
-        emptied = arrays.isneginf(logits).all(-1) & ~arrays.isneginf(outcome.base).all(-1)
+        emptied = outcome.emptied
         if bool(emptied.any()):
             if not self._open:
                 self._counters.add(failed_closed=int(emptied.sum()))

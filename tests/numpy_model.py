@@ -12,7 +12,7 @@ import torch
 
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.hf import LanguageModel
-from moralguard.backends.kv_cache import drop_newest, drop_oldest, key_values, select_rows
+from moralguard.backends.kv_cache import cache_from, drop_newest, drop_oldest, join_rows, key_values, select_rows
 from moralguard.backends.onnx.head import Head
 from moralguard.backends.onnx.model import OnnxForward
 
@@ -25,6 +25,12 @@ class Cache:
 
     def select_rows(self, rows: np.ndarray) -> None:
         select_rows(self.inner, torch.from_numpy(rows))
+
+    def twin(self) -> Cache:
+        return Cache(cache_from(key_values(self.inner)))
+
+    def join(self, other: Cache) -> None:
+        join_rows(self.inner, other.inner)
 
     def drop_newest(self, n: int) -> None:
         drop_newest(self.inner, n)

@@ -51,6 +51,19 @@ def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
     cache.reorder_cache(rows)  # type: ignore[arg-type]
 
 
+def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
+    """Rows of another plain cache behind one's own; the narrower of the two gets columns of padding in front."""
+    layers: list[Any] = cache.layers
+    for layer, (keys, values) in zip(layers, key_values(other), strict=True):
+        layer.keys, layer.values = torch.cat(_of_one_width(layer.keys, keys)), torch.cat(_of_one_width(layer.values, values))
+
+
+def _of_one_width(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(one.shape[-2], other.shape[-2])
+    padded = (torch.nn.functional.pad(values, (0, 0, width - values.shape[-2], 0)) for values in (one, other))
+    return next(padded), next(padded)
+
+
 def drop_newest(cache: DynamicCache, tokens: int) -> None:
     """Forget the newest tokens of every row of a plain cache."""
     layers: list[Any] = cache.layers

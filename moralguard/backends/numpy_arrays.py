@@ -86,6 +86,11 @@ def stack(parts: Sequence[Array], axis: int = 0) -> Array:
     return np.stack(list(parts), axis=axis)
 
 
+def pad_left(values: Array, width: int, value: float) -> Array:
+    """[R, width] of [R, W], with ``value`` in front."""
+    return np.pad(values, ((0, 0), (width - values.shape[1], 0)), constant_values=value)
+
+
 def repeat_rows(value: Array, times: int) -> Array:
     """All rows, ``times`` times one behind the other."""
     return np.tile(value, (times, *(1,) * (value.ndim - 1)))

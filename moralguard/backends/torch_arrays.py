@@ -75,6 +75,11 @@ def stack(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
     return torch.stack(list(parts), dim=axis)
 
 
+def pad_left(values: Tensor, width: int, value: float) -> Tensor:
+    """[R, width] of [R, W], with ``value`` in front."""
+    return torch.nn.functional.pad(values, (width - values.shape[1], 0), value=value)
+
+
 def repeat_rows(value: Tensor, times: int) -> Tensor:
     """All rows, ``times`` times one behind the other."""
     return value.repeat(times, *(1,) * (value.ndim - 1))

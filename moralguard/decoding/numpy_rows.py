@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from moralguard.backends.numpy_arrays import Array, left_padded
+from moralguard.backends.numpy_arrays import Array, left_padded, pad_left
 from moralguard.errors import PromptError
 
 
@@ -95,6 +96,24 @@ class RowGroup:
             self.cache.drop_oldest(unused)
             self.mask = self.mask[:, unused:]
 
+    def fork(self, rows: Array) -> RowGroup:
+        """A group of its own of these rows (i64[n]); this one stays as it is."""
+        twin = copy.copy(self)
+        twin.cache = self.cache.twin()
+        twin.select(rows)
+        return twin
+
+    def join(self, other: RowGroup) -> None:
+        """Rows of another group of the same model behind one's own, which may be of another width."""
+        self.cache.join(other.cache)
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        self.mask = np.concatenate([pad_left(group.mask, width, 0) for group in (self, other)])
+        self.lengths = self.lengths + other.lengths
+        self.logits = np.concatenate([self.logits, other.logits])
+        for name in ("hidden", "head_logits", "hidden_sum"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, None if mine is None or theirs is None else np.concatenate([mine, theirs]))
+
     def rewind(self, tokens: int) -> None:
         """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""
         self.cache.drop_newest(tokens)
@@ -178,6 +197,30 @@ class SeparateRows:
             self._groups[index].select(np.array([row for group, row in chosen if group == index], dtype=np.int64))
         self._groups = [self._groups[index] for index in kept]
         self._lay_out([kept.index(group) for group, _ in chosen])
+
+    def fork(self, rows: Array) -> SeparateRows:
+        """A group of its own of these rows (i64[n]); this one stays as it is."""
+        chosen = [self._place[row] for row in rows.tolist()]
+        kept = sorted({group for group, _ in chosen})
+        twin = copy.copy(self)
+        twin._groups = [self._groups[index].fork(np.array([row for group, row in chosen if group == index])) for index in kept]
+        twin._lay_out([kept.index(group) for group, _ in chosen])
+        return twin
+
+    def join(self, other: SeparateRows) -> None:
+        """Rows of another group of the same model behind one's own; those of one length share a pass from now on."""
+        by_length = {group.lengths[0]: index for index, group in enumerate(self._groups)}
+        places = [group for group, _ in self._place]
+        moved: dict[int, int] = {}
+        for index, group in enumerate(other._groups):
+            known = by_length.get(group.lengths[0])
+            if known is None:
+                self._groups.append(group)
+                moved[index] = len(self._groups) - 1
+            else:
+                self._groups[known].join(group)
+                moved[index] = known
+        self._lay_out([*places, *(moved[group] for group, _ in other._place)])
 
     def rewind(self, tokens: int) -> None:
         """Forget the newest tokens of every row."""

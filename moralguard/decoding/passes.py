@@ -7,6 +7,7 @@ LoRA adapters) are rows of one forward. A ``RowGroup`` is such a batch with its 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -165,9 +166,36 @@ class PassTable:
     def select(self, requests: torch.Tensor) -> None:
         """Keep and reorder requests (i64[n]; an index may repeat)."""
         for group in self.groups:
-            passes = len(group.lengths) // self.requests
-            group.select(namespace_of(group.lm).cat([requests + order * self.requests for order in range(passes)]))
+            group.select(self._rows_of(group, requests))
         self.requests = len(requests)
+
+    def fork(self, requests: torch.Tensor) -> PassTable:
+        """A table of its own of these requests (i64[n]); this one stays as it is. Only where it is ``rewindable``."""
+        twin = copy.copy(self)
+        twin.groups = [group.fork(self._rows_of(group, requests)) for group in self.groups]
+        twin.requests = len(requests)
+        return twin
+
+    def join(self, other: PassTable) -> None:
+        """Requests of another table of the same passes behind one's own. Only where both are ``rewindable``."""
+        mine, theirs = self.requests, other.requests
+        for group, more in zip(self.groups, other.groups, strict=True):
+            passes = len(group.lengths) // mine
+            group.join(more)
+            if passes > 1:  # pass-major again
+                first, second = range(passes * mine), range(passes * mine, passes * (mine + theirs))
+                order = [
+                    row
+                    for index in range(passes)
+                    for row in (*first[index * mine : (index + 1) * mine], *second[index * theirs : (index + 1) * theirs])
+                ]
+                group.select(namespace_of(group.lm).integers(order))
+        self.requests = mine + theirs
+
+    def _rows_of(self, group: RowGroup, requests: torch.Tensor) -> torch.Tensor:
+        passes = len(group.lengths) // self.requests
+        rows: torch.Tensor = namespace_of(group.lm).cat([requests + order * self.requests for order in range(passes)])
+        return rows
 
     @property
     def rewindable(self) -> bool:

@@ -6,6 +6,7 @@ logits of a step, draw tokens, and commit them. A session is written once for to
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from moralguard.backends.arrays import namespace_of
+from moralguard.backends.arrays import namespace_for, namespace_of
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.history import Continuation
@@ -63,6 +64,32 @@ class Outcome:
         """bool[R], rows in which a control acts."""
         return self.law.touched
 
+    @property
+    def emptied(self) -> torch.Tensor:
+        """bool[R], rows in which the controls together removed every token."""
+        arrays = namespace_for(self.base)
+        rows: torch.Tensor = arrays.isneginf(self.logits).all(-1) & ~arrays.isneginf(self.base).all(-1)
+        return rows
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """What a request's guard remembers beside its tokens: kept while the request isn't running, given back when it runs again.
+
+    Attributes:
+        generated: tokens generated so far.
+        opened: tokens that it had when its gate first opened.
+        log_odds: f32[1, n], the gate's, of its newest steps.
+        columns: of every control, rows [1, ...]; None before its first step.
+        disabled: bool[controls, 1], controls that failed.
+    """
+
+    generated: int
+    opened: torch.Tensor
+    log_odds: torch.Tensor
+    columns: tuple[Columns | None, ...]
+    disabled: torch.Tensor
+
 
 @dataclass
 class _Pending:
@@ -84,6 +111,7 @@ class Session:
         gate: when controls act.
         given_hidden: each step is given the base's hidden state too. Where it isn't and something reads it, the session runs the
             base's rows beside the other passes.
+        state: of the one request, where it has been running before; its prompt then ends in what it has generated.
     """
 
     def __init__(
@@ -95,6 +123,7 @@ class Session:
         own_base: bool,
         gate: BoundGate | None = None,
         given_hidden: bool = False,
+        state: RequestState | None = None,
     ):
         self.lm, self.controls, self.gate = lm, tuple(controls), gate
         self._arrays = namespace_of(lm)
@@ -109,6 +138,8 @@ class Session:
         own_states = (own_base and hidden) or self._state_pass is not None
         self.table = PassTable(passes, prompts, hidden_for=lm if own_states else None)
         self._restart(prompts)
+        if state is not None:
+            self._restore(state)
 
     def _restart(self, prompts: Sequence[Sequence[int]]) -> None:
         arrays, count = self._arrays, len(prompts)
@@ -119,6 +150,18 @@ class Session:
         self._opened = arrays.full((count,), _NEVER, arrays.int64, self.history)  # tokens that a request had when its gate first opened
         self._log_odds = arrays.full((count, 0), 0.0, arrays.float32, self.history)  # the gate's, of the steps before
         self._pending: _Pending | None = None
+        self.advanced = True  # the passes have read the newest token
+
+    def _restore(self, state: RequestState) -> None:
+        self.generated = self.generated + state.generated
+        self._opened, self._log_odds = state.opened, state.log_odds
+        self.columns, self.disabled = list(state.columns), state.disabled
+
+    def state(self, row: int) -> RequestState:
+        """What the guard remembers of a request beside its tokens."""
+        columns = tuple(None if columns is None else _row_of(columns, row) for columns in self.columns)
+        rows = slice(row, row + 1)
+        return RequestState(int(self.generated[row]), self._opened[rows], self._log_odds[rows], columns, self.disabled[:, rows])
 
     @property
     def rows(self) -> int:
@@ -128,7 +171,7 @@ class Session:
         self,
         base: torch.Tensor | None = None,
         *,
-        temperature: float = 1.0,
+        temperature: float | torch.Tensor = 1.0,
         hidden: torch.Tensor | None = None,
         head_logits: torch.Tensor | None = None,
     ) -> Outcome:
@@ -136,7 +179,7 @@ class Session:
 
         Args:
             base: f32[R, V]; not given where the session runs the base itself.
-            temperature: what will be applied afterwards (PPLM's fusion needs it).
+            temperature: what will be applied afterwards (PPLM's fusion needs it), one or f32[R].
             hidden, head_logits: of the base, where the caller has them.
         """
         if self._base_pass is not None:
@@ -151,7 +194,11 @@ class Session:
             raise RuntimeError("this session doesn't run the base model: give the base logits")
         step = Step(
             logits=base,
-            temperature=self._arrays.full((self.rows,), temperature, self._arrays.float32, base),
+            temperature=(
+                self._arrays.full((self.rows,), temperature, self._arrays.float32, base)
+                if isinstance(temperature, (int, float))
+                else self._arrays.beside(temperature, base)
+            ),
             history=self.history,
             mask=self.mask,
             generated=self.generated,
@@ -289,6 +336,7 @@ class Session:
             self._log_odds = arrays.cat([self._log_odds, newest[:, None]], -1)
         tokens = arrays.beside(tokens, self.history)
         self._read(tokens[:, None])
+        self.advanced = False
         self.generated = self.generated + 1
         return failures
 
@@ -311,17 +359,88 @@ class Session:
     def advance(self) -> None:
         """Let every pass read the newest committed token."""
         self.table.advance(self.history[:, -1:])
+        self.advanced = True
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep and reorder requests (i64[n]; an index may repeat: a fork)."""
+        self._pending = self._pending_of(rows, self.table)
         self.table.select(rows)
+        self._take(rows)
+
+    def _take(self, rows: torch.Tensor) -> None:
         take = self._arrays.take_rows
         index = self._arrays.beside(rows, self.history)
         self.history, self.mask, self.generated = self.history[index], self.mask[index], self.generated[index]
         self.disabled = self.disabled[:, self._arrays.on_host(rows)]
         self._opened, self._log_odds = self._opened[index], self._log_odds[index]
+        self._drop_unused_columns()
         self.columns = [
             None if columns is None else {name: take(value, rows) for name, value in columns.items()} for columns in self.columns
+        ]
+
+    def _drop_unused_columns(self) -> None:
+        """What only requests that left needed, so that a batch that never ends doesn't grow for ever."""
+        unused = self.history.shape[1] - int(self.mask.sum(-1).max())
+        self.history, self.mask = self.history[:, unused:], self.mask[:, unused:]
+        if self._log_odds.shape[1]:
+            self._log_odds = self._log_odds[:, max(0, self._log_odds.shape[1] - int(self.generated.max())) :]
+
+    @property
+    def splittable(self) -> bool:
+        """Whether ``split`` and ``join`` work: every cache holds keys and values only."""
+        return self.table.rewindable
+
+    def split(self, rows: Sequence[int]) -> Session:
+        """These requests as a session of their own, a step that waits for its tokens included; the others stay."""
+        index, rest = (self._arrays.integers(chosen) for chosen in (list(rows), [row for row in range(self.rows) if row not in set(rows)]))
+        own = copy.copy(self)
+        own.table = self.table.fork(index)
+        own._take(index)
+        own._pending = self._pending_of(index, own.table)
+        self.select(rest)
+        return own
+
+    def _pending_of(self, rows: torch.Tensor, table: PassTable) -> _Pending | None:
+        pending, take = self._pending, self._arrays.take_rows
+        if pending is None:
+            return None
+        return _Pending(
+            replace(pending.step.select(rows), view=table.view),
+            [Terms(carry={name: take(value, rows) for name, value in terms.carry.items()}) for terms in pending.terms],
+            None if pending.log_odds is None else take(pending.log_odds, rows),
+        )
+
+    def joins(self, other: Session) -> bool:
+        """Whether another session can be joined: the same controls, read equally far, with state of equal shapes."""
+        if self.controls != other.controls or self.gate is not other.gate or not (self.splittable and other.splittable):
+            return False
+        if self.advanced != other.advanced:
+            return False
+        for mine, theirs in zip(self.columns, other.columns, strict=True):
+            if (mine is None) != (theirs is None):
+                return False
+            if mine is None or theirs is None:
+                continue
+            if mine.keys() != theirs.keys() or any(mine[name].shape[1:] != theirs[name].shape[1:] for name in mine):
+                return False
+        return True
+
+    def join(self, other: Session) -> None:
+        """Requests of another session (see ``joins``), which is not to be used afterwards, behind one's own."""
+        arrays = self._arrays
+        self._pending = None
+        self.table.join(other.table)
+        width = max(self.history.shape[1], other.history.shape[1])
+        self.history = arrays.cat([arrays.pad_left(session.history, width, 0) for session in (self, other)])
+        self.mask = arrays.cat([arrays.pad_left(session.mask, width, 0) for session in (self, other)])
+        steps = max(self._log_odds.shape[1], other._log_odds.shape[1])
+        self._log_odds = arrays.cat([arrays.pad_left(session._log_odds, steps, float("nan")) for session in (self, other)])
+        self.generated = arrays.cat([self.generated, other.generated])
+        self._opened = arrays.cat([self._opened, other._opened])
+        self.disabled = arrays.cat([self.disabled, other.disabled], 1)
+        self.columns = [
+            None if mine is None or theirs is None else {name: arrays.cat([mine[name], theirs[name]]) for name in mine}
+            for mine, theirs in zip(self.columns, other.columns, strict=True)
         ]
 
     def rewind(self, found: Continuation, histories: Sequence[Sequence[int]]) -> None:

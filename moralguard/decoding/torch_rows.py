@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 
 from moralguard.backends.hf import LanguageModel
-from moralguard.backends.kv_cache import KeyValue, drop_newest, drop_oldest, is_plain, key_values, select_rows
+from moralguard.backends.kv_cache import (
+    KeyValue,
+    cache_from,
+    drop_newest,
+    drop_oldest,
+    is_plain,
+    join_rows,
+    key_values,
+    select_rows,
+)
 from moralguard.backends.lora import LoraAdapter, apply_adapters
+from moralguard.backends.torch_arrays import pad_left
 from moralguard.errors import PromptError
 
 
@@ -103,6 +114,24 @@ class RowGroup:
         if unused and self.rewindable:
             drop_oldest(self.cache, unused)
             self.mask = self.mask[:, unused:]
+
+    def fork(self, rows: torch.Tensor) -> RowGroup:
+        """A group of its own of these rows (i64[n]); this one stays as it is. Only where the group is ``rewindable``."""
+        twin = copy.copy(self)
+        twin.cache = cache_from(key_values(self.cache))
+        twin.select(rows)
+        return twin
+
+    def join(self, other: RowGroup) -> None:
+        """Rows of another group of the same model behind one's own, which may be of another width. Only where ``rewindable``."""
+        join_rows(self.cache, other.cache)
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        self.mask = torch.cat([pad_left(group.mask, width, 0) for group in (self, other)])
+        self.adapters, self.lengths = self.adapters + other.adapters, self.lengths + other.lengths
+        self.logits = torch.cat([self.logits, other.logits])
+        for name in ("hidden", "head_logits", "hidden_sum"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, None if mine is None or theirs is None else torch.cat([mine, theirs]))
 
     def rewind(self, tokens: int) -> None:
         """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""

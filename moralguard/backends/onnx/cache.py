@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,14 @@ class OnnxCache(ABC):
         """Keep and reorder rows i64[n] in place; an index may repeat (a fork)."""
 
     @abstractmethod
+    def twin(self) -> Any:
+        """The same rows again; what changes in one of the two doesn't change in the other."""
+
+    @abstractmethod
+    def join(self, other: Any) -> None:
+        """Rows of another cache of the same graph behind one's own; the narrower of the two gets padding in front."""
+
+    @abstractmethod
     def drop_newest(self, tokens: int) -> None:
         """Forget the newest tokens of every row."""
 
@@ -93,6 +102,18 @@ class GrowingCache(OnnxCache):
         index = np.asarray(rows, np.int64)
         self._map(lambda array: array[index])
         self.rows = len(index)
+
+    def twin(self) -> GrowingCache:
+        twin = copy.copy(self)
+        twin._values = list(self._values)
+        return twin
+
+    def join(self, other: GrowingCache) -> None:
+        width = max(self.length, other.length)
+        for index, (mine, theirs) in enumerate(zip(self._values, other._values, strict=True)):
+            parts = [_padded(self.device.get(value), width) for value in (mine, theirs)]
+            self._values[index] = self.device.put(np.concatenate(parts))
+        self.rows, self.length = self.rows + other.rows, width
 
     def drop_newest(self, tokens: int) -> None:
         if not tokens:
@@ -152,6 +173,23 @@ class SharedCache(OnnxCache):
         self._replace([array[index] for array in self._read()])
         self.lengths, self.rows = self.lengths[index], len(index)
 
+    def twin(self) -> SharedCache:
+        twin = copy.copy(self)
+        twin._replace([array.copy() for array in self._read()])  # the graph writes to these
+        return twin
+
+    def join(self, other: SharedCache) -> None:
+        capacity = max(self._capacity, other._capacity)
+        joined = []
+        for mine, theirs in zip(self._read(), other._read(), strict=True):
+            array = np.zeros((len(mine) + len(theirs), mine.shape[1], capacity, mine.shape[3]), mine.dtype)
+            array[: len(mine), :, : mine.shape[2]], array[len(mine) :, :, : theirs.shape[2]] = mine, theirs
+            joined.append(array)
+        self._replace(joined)
+        self._capacity, self.length = capacity, max(self.length, other.length)
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+        self.rows = len(self.lengths)
+
     def drop_newest(self, tokens: int) -> None:
         # what lies behind a row's length is never read, and written over by the next pass
         self.lengths = np.maximum(self.lengths - tokens, 0)
@@ -168,3 +206,8 @@ class SharedCache(OnnxCache):
                 padded[row, :, self.length - length :] = array[row, :, :length]
             arrays.append(padded)
         return list(zip(arrays[0::2], arrays[1::2], strict=True))
+
+
+def _padded(array: np.ndarray, width: int) -> np.ndarray:
+    """[R, heads, width, head_dim] with zeros in front."""
+    return np.pad(array, ((0, 0), (0, 0), (width - array.shape[2], 0), (0, 0)))
