@@ -176,6 +176,17 @@ class Policy(StrictModel):
         entry = self.fitted_for(lm)
         return self if entry is None else self.replaced(controls=entry.controls, gate=entry.gate, fitted=())
 
+    def scaled(self, factor: float) -> Policy:
+        """The policy with every control ``factor`` times as strong; 1 is the policy itself.
+
+        Raises:
+            PolicyError: a control has no strength to scale, or its settings don't go so far.
+        """
+        if factor == 1:
+            return self
+        fitted = tuple(entry.replaced(controls=tuple(control.scaled(factor) for control in entry.controls)) for entry in self.fitted)
+        return self.replaced(controls=tuple(control.scaled(factor) for control in self.effective_controls()), fitted=fitted)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data that ``Policy.load`` reads back.
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from moralguard.backends.capabilities import Capabilities
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Terms
+from moralguard.errors import PolicyError
 from moralguard.schema import StrictModel
 from moralguard.values import Value
 
@@ -46,6 +47,14 @@ class Control(StrictModel, ABC):
     @abstractmethod
     def active(self) -> bool:
         """False at strength 0: the control, its filter and its passes are left out entirely."""
+
+    def scaled(self, factor: float) -> Self:
+        """The same control, ``factor`` times as strong: what a request's own strength means.
+
+        Raises:
+            PolicyError: the control doesn't say which of its settings is its strength.
+        """
+        raise PolicyError(f"control {self.versioned_name()} has no strength that a request could scale; leave strength at 1")
 
     @property
     def needs(self) -> Capabilities:

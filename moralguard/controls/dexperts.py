@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, WithJsonSchema, field_validator
 
@@ -69,6 +69,9 @@ class DExperts(Control):
     @property
     def active(self) -> bool:
         return self.alpha != 0
+
+    def scaled(self, factor: float) -> Self:
+        return self.replaced(alpha=self.alpha * factor)
 
     @property
     def needs(self) -> Capabilities:

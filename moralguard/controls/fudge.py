@@ -6,7 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, WithJsonSchema, field_validator
 
@@ -73,6 +73,9 @@ class Fudge(Control):
     @property
     def active(self) -> bool:
         return self.strength != 0
+
+    def scaled(self, factor: float) -> Self:
+        return self.replaced(strength=self.strength * factor)
 
     @property
     def needs(self) -> Capabilities:

@@ -112,6 +112,9 @@ class NullspaceProjection(Control):
     def active(self) -> bool:
         return self.adaptive or self.keep != 1
 
+    def scaled(self, factor: float) -> Self:
+        return self.replaced(keep=max(0.0, 1 - (1 - self.keep) * factor))  # beyond the whole subspace there is nothing to remove
+
     @property
     def needs(self) -> Capabilities:
         return Capabilities(hidden=True)

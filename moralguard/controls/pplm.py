@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
@@ -148,6 +148,9 @@ class PPLM(Control):
     @property
     def active(self) -> bool:
         return self.stepsize != 0 and self.num_iterations != 0 and self.gm_scale != 0
+
+    def scaled(self, factor: float) -> Self:
+        return self.replaced(stepsize=self.stepsize * factor)
 
     @property
     def needs(self) -> Capabilities:

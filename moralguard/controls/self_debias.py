@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
@@ -41,6 +41,9 @@ class SelfDebias(Control):
     @property
     def active(self) -> bool:
         return self.decay_constant != 0 and self.prefixes != ()
+
+    def scaled(self, factor: float) -> Self:
+        return self.replaced(decay_constant=self.decay_constant * factor)
 
     @property
     def needs(self) -> Capabilities:
