@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numpy_model import NumpyModel
 from odd_models import PROMPTS, basis, expert, mistral
+from scipy.special import softmax
 from tiny_models import HIDDEN, VOCAB, gpt2, llama
 
 import moralguard as mg
@@ -25,7 +25,7 @@ from moralguard.packs import write_pack
 
 NEW = 7
 TEXTS = [*(list(prompt) for prompt in PROMPTS), [8] * 11, [3], [90, 14, 2, 77]]
-CLOSE = 1e-4
+CLOSE = 2e-5
 
 
 def random(*shape: int, seed: int) -> np.ndarray:
@@ -146,13 +146,17 @@ class Stack:
                     self.tokens[slot].append(int(logits.argmax()))
 
 
+def apart(mine: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference of probabilities."""
+    return float(np.abs(softmax(mine.astype(float)) - softmax(theirs.astype(float))).max())
+
+
 def check(stack: Stack, expected: dict[int, tuple[list[int], list[np.ndarray]]]) -> None:
     for slot, (tokens, laws) in expected.items():
         assert stack.tokens[slot] == tokens[: len(stack.tokens[slot])]
         for mine, theirs in zip(stack.laws[slot], laws, strict=False):
-            finite = np.isfinite(theirs)
-            assert (np.isfinite(mine) == finite).all()
-            assert np.abs(mine[finite] - theirs[finite]).max() < CLOSE
+            assert (np.isfinite(mine) == np.isfinite(theirs)).all()
+            assert apart(mine, theirs) < CLOSE
 
 
 @pytest.fixture(scope="module")
@@ -174,37 +178,38 @@ def guards(request: pytest.FixtureRequest, head: str) -> list[mg.Guard]:
     return bound(head, llama(), request.param == "numpy")
 
 
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["own base", "given logits", "given states"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_request_is_its_own_whatever_is_scheduled_beside_it(kind: str, data: st.DataObject, guards: Any, alone_tokens: Any) -> None:
+def test_a_request_is_its_own_whatever_is_scheduled_beside_it(kind: str, seed: int, guards: list[mg.Guard], alone_tokens: Any) -> None:
+    chance = Random(seed)
     stack = Stack(guards, kind == "own base", kind == "given states")
     who: dict[int, tuple[int, int]] = {}
     running: list[int] = []
     parked: dict[int, Any] = {}
-    for _ in range(data.draw(st.integers(3, 14))):
-        if len(who) < 6 and (not running or data.draw(st.booleans())):
+    for _ in range(14):
+        if len(who) < 6 and (not running or chance.random() < 0.5):
             slot = len(who)
-            who[slot] = (data.draw(st.integers(0, len(guards) - 1)), data.draw(st.integers(0, len(TEXTS) - 1)))
+            who[slot] = (chance.randrange(len(guards)), chance.randrange(len(TEXTS)))
             stack.add(slot, who[slot][0], TEXTS[who[slot][1]])
             running.append(slot)
-        if parked and data.draw(st.booleans()):  # preempted requests come back with what they had
+        if parked and chance.random() < 0.5:  # preempted requests come back with what they had
             slot, state = parked.popitem()
             stack.add(slot, who[slot][0], TEXTS[who[slot][1]], state)
             running.append(slot)
-        scheduled = data.draw(st.permutations(running)) if running else []
-        scheduled = [slot for slot in scheduled[: data.draw(st.integers(0, len(scheduled)))] if len(stack.tokens[slot]) < NEW]
+        scheduled = [slot for slot in chance.sample(running, len(running)) if len(stack.tokens[slot]) < NEW]
+        scheduled = scheduled[: chance.randint(1, max(1, len(scheduled)))]
         if scheduled:
-            fresh = frozenset(slot for slot in scheduled if not stack.tokens[slot] and data.draw(st.booleans()))
-            stack.step(scheduled, fresh)
-        if running and data.draw(st.integers(0, 3)) == 0:
-            slot = data.draw(st.sampled_from(running))
-            running.remove(slot)
-            if data.draw(st.booleans()) and stack.tokens[slot]:
-                parked[slot] = stack.slots.park(slot, stack.tokens[slot])
+            stack.step(scheduled, frozenset(slot for slot in scheduled if not stack.tokens[slot] and chance.random() < 0.5))
+        if running and chance.random() < 0.25:
+            slot = running.pop(chance.randrange(len(running)))
+            if chance.random() < 0.7 and stack.tokens[slot]:
+                # which token was drawn last may not be known yet; a control with state of its own needs it
+                known = stack.tokens[slot] if who[slot][0] == 2 or chance.random() < 0.5 else stack.tokens[slot][:-1]
+                parked[slot] = stack.slots.park(slot, known)
             else:
                 stack.slots.remove(slot)
             assert slot not in stack.slots
+    assert sum(map(len, stack.tokens.values())) > 8
     check(stack, {slot: alone_tokens(guards[guard], text) for slot, (guard, text) in who.items()})
 
 
@@ -246,7 +251,7 @@ def test_tokens_taken_back_are_read_anew(guards: list[mg.Guard]) -> None:
     stack.tokens[0], stack.laws[0] = [*stack.tokens[0][:2], 7], []
     stack.step([0])
     expected = alone(guards[0], [*TEXTS[1], *stack.tokens[0][:3]], 1)[1][0]
-    assert np.abs(stack.laws[0][0] - expected).max() < CLOSE
+    assert apart(stack.laws[0][0], expected) < CLOSE
 
 
 def test_an_empty_prompt_and_a_prompt_without_room(guards: list[mg.Guard]) -> None:

@@ -22,6 +22,7 @@ from moralguard.decoding.passes import Pass, PassTable
 from moralguard.decoding.rectification import Rectified, rectify
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Terms
+from moralguard.errors import ControlError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ class RequestState:
     Attributes:
         generated: tokens generated so far.
         opened: tokens that it had when its gate first opened.
-        log_odds: f32[1, n], the gate's, of its newest steps.
+        log_odds: f32[1, n], the gate's, of its newest steps; newest f32[1, 1] that of a step whose token wasn't committed.
         columns: of every control, rows [1, ...]; None before its first step.
         disabled: bool[controls, 1], controls that failed.
     """
@@ -87,6 +88,7 @@ class RequestState:
     generated: int
     opened: torch.Tensor
     log_odds: torch.Tensor
+    newest: torch.Tensor | None
     columns: tuple[Columns | None, ...]
     disabled: torch.Tensor
 
@@ -161,7 +163,21 @@ class Session:
         """What the guard remembers of a request beside its tokens."""
         columns = tuple(None if columns is None else _row_of(columns, row) for columns in self.columns)
         rows = slice(row, row + 1)
-        return RequestState(int(self.generated[row]), self._opened[rows], self._log_odds[rows], columns, self.disabled[:, rows])
+        newest = None if self._pending is None or self._pending.log_odds is None else self._pending.log_odds[rows, None]
+        return RequestState(int(self.generated[row]), self._opened[rows], self._log_odds[rows], newest, columns, self.disabled[:, rows])
+
+    def pass_over(self, tokens: int) -> None:
+        """Take note that requests have that many tokens more than they had at the step that was never committed.
+
+        Raises:
+            ControlError: a control keeps columns, which only ``commit`` moves on.
+        """
+        if self.stateful:
+            names = ", ".join(control.name for control, columns in zip(self.controls, self.columns, strict=True) if columns)
+            raise ControlError(
+                f"control {names} keeps state of its own, and the stack took the request off before it said which token was drawn", names
+            )
+        self.generated = self.generated + tokens
 
     @property
     def rows(self) -> int:

@@ -7,8 +7,8 @@ An adapter makes three calls: ``add``, ``step`` and ``remove``. Requests under t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from moralguard.backends.arrays import Array, namespace_of
 from moralguard.controls.base import BoundControl
@@ -132,7 +132,7 @@ class Slots:
         """Remove a request that may come back (preemption): what its guard remembers, for ``add``. None where nothing ran there.
 
         Args:
-            generated: ids generated so far, the one drawn at the last step included.
+            generated: ids generated so far, with the one drawn at the last step where it is known.
         """
         failures: list[SlotFailure] = []
         state = None
@@ -272,13 +272,14 @@ class Slots:
                     own_base=self._own_base,
                     gate=request.gate,
                     given_hidden=self._given_hidden,
-                    state=request.state,
+                    state=None if request.state is None else _resumed(request.state, len(read), self._arrays),
                 )
+                missed = len(read) - (0 if request.state is None else request.state.generated)
+                if missed:
+                    session.pass_over(missed)
             except Exception as error:  # its prompt and a prefix don't fit a context, or the pass itself failed
                 failures.append(SlotFailure(slot, "auxiliary pass", error))
                 continue
-            if request.state is None or request.state.generated != len(read):
-                session.generated = session.generated * 0 + len(read)
             batch = _Batch(session, [slot], [read])
             self._batches.append(batch)
             started.append(batch)
@@ -300,3 +301,10 @@ class Slots:
 
 def _of_slots(batch: _Batch, failures: Iterable[Failure]) -> list[SlotFailure]:
     return [SlotFailure(batch.slots[failure.row], failure.control, failure.error) for failure in failures]
+
+
+def _resumed(state: RequestState, generated: int, arrays: Any) -> RequestState:
+    """The state at the start of the next step: a step whose token came meanwhile counts, one that is done again doesn't."""
+    if state.newest is None or generated == state.generated:
+        return state
+    return replace(state, log_odds=arrays.cat([state.log_odds, state.newest], -1), newest=None)
