@@ -89,6 +89,11 @@ class BoundGate:
     def needs(self) -> Capabilities:
         return self.settings.needs
 
+    @property
+    def remembers(self) -> bool:
+        """Whether what opens it depends on earlier steps."""
+        return self.settings.stay_open or (bool(self.settings.risk) and self.settings.risk_window > 1)
+
     def open_rows(self, step: Step, log_odds: torch.Tensor | None) -> torch.Tensor | None:
         """bool[R], the rows whose conditions hold at this step; None where all do. The session keeps open what is to ``stay_open``.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,7 +115,7 @@ class ServingConfig(StrictModel):
         path = os.environ.get(ENVIRONMENT)
         if not path:
             raise PolicyError(f"set {ENVIRONMENT} to the path of the serving file (YAML with `policies` and `default`)")
-        return cls.load(path)
+        return _cached(path, os.stat(path).st_mtime_ns if os.path.exists(path) else 0)
 
     def policy(self, policy_id: str) -> Policy:
         """The served policy of this id.
@@ -168,3 +169,9 @@ def _read(asked: Any) -> GuardRequest:
     if not isinstance(asked, dict):
         raise PolicyError(f"the moralguard argument is a {type(asked).__name__}; expected an object with policy and strength")
     return GuardRequest(**{str(key): value for key, value in asked.items()})
+
+
+@lru_cache(maxsize=4)
+def _cached(path: str, modified: int) -> ServingConfig:
+    """Requests are checked one by one, and the file seldom changes."""
+    return ServingConfig.load(path)
