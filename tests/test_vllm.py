@@ -25,11 +25,17 @@ pytestmark = [
 ]
 
 
-def test_concurrent_requests_get_the_tokens_of_the_guard_alone() -> None:
-    done = subprocess.run([PYTHON, str(HERE / "agreement.py")], capture_output=True, text=True, timeout=850)
+def run(program: str, **environment: str) -> dict[str, Any]:
+    command = [PYTHON, str(HERE / program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout.splitlines()[-1])
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("head", ["0", "1"], ids=["own states", "the head's states"])
+def test_concurrent_requests_get_the_tokens_of_the_guard_alone(head: str) -> None:
+    found = run("agreement.py", MORALGUARD_VLLM_HEAD=head)
     assert found["different"] == []
     assert found["finished"] == found["same"] + len(found["ties"]) == 29
     assert found["guarded_texts_that_differ_from_unguarded"] > 10, "guards that do nothing tell nothing"
@@ -37,6 +43,14 @@ def test_concurrent_requests_get_the_tokens_of_the_guard_alone() -> None:
     assert found["requests_left"] == 0
     for counts in found["counters"].values():
         assert counts["failed_closed"] == counts["failed_open"] == counts["unguarded_tokens"] == 0
+
+
+def test_baked_projections_give_the_guards_tokens() -> None:
+    found = run("baked.py")
+    assert found["differ_from_unguarded"] > 4
+    assert found["without_adapter_same"] == found["texts"], "requests without the adapter are the base's"
+    for form in ("checkpoint", "lora"):
+        assert found[form]["different"] == []
 
 
 @pytest.fixture(scope="module")
