@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
+_WINDOW = 128  # tokens decoded together at most, where the tokenizer allows it
 
 
 class TextStream:
@@ -25,7 +26,17 @@ class TextStream:
         text = self._decode()
         if text.endswith(_REPLACEMENT) or not text.startswith(self._told):
             return ""
-        return self._tell(text)
+        piece = self._tell(text)
+        if len(self._ids) >= _WINDOW:
+            self._forget()
+        return piece
+
+    def _forget(self) -> None:
+        """Decode only the newer half from now on, where its text is the end of the whole: else each token costs the text's length."""
+        newer = self._ids[len(self._ids) // 2 :]
+        text = self._tokenizer.decode(newer, skip_special_tokens=True)
+        if self._told.endswith(text):
+            self._ids, self._told = newer, text
 
     def flush(self) -> str:
         """What was held back."""

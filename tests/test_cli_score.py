@@ -10,6 +10,7 @@ import pytest
 
 import moralguard
 from moralguard import cli
+from moralguard.cli import console
 from moralguard.cli.texts import read_texts
 from moralguard.errors import DataError
 
@@ -59,7 +60,7 @@ def command(monkeypatch, capsys):
 def run(command, discriminator, monkeypatch):
     """The command with the discriminator that is loaded already: every call would read its weights again."""
     monkeypatch.setattr(moralguard.Discriminator, "load", lambda *_, **__: discriminator)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(console.out, "width", 100)
     return command
 
 

@@ -31,9 +31,9 @@ def run(command: list[str], **environment: str) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    # those on ONNX are run in test_numpy_processor.py
+    # those on ONNX and in serving stacks are run in test_numpy_processor.py, test_ort_genai.py and test_llamacpp.py
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == [
-        *("judge_texts.py", "onnx_genai.py", "onnx_generate.py", "stream.py", "wrap_generate.py", "write_policy.py")
+        *("judge_texts.py", "llamacpp_generate.py", "onnx_genai.py", "onnx_generate.py", "stream.py", "wrap_generate.py", "write_policy.py")
     ]
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 65

@@ -253,6 +253,17 @@ def test_a_request_whose_gate_is_forgotten_ends(folder: str) -> None:
     assert guard.counters.failed_closed == 1
 
 
+@pytest.mark.parametrize("prompt", [[], [5, VOCAB + 7]], ids=["empty", "image placeholder"])
+def test_a_prompt_that_the_guard_cannot_read_ends_its_request(prompt: list[int], folder: str) -> None:
+    worker = Worker(serving(), vllm_config(folder))
+    slot, other = (worker.start(worker.guards.guard("debias"), ids, []) for ids in (prompt, [5]))
+    logits = torch.randn(2, VOCAB)
+    worker.step(logits, [0, 1], {slot: [], other: []}, {})
+    assert logits[0].argmax() == 2
+    assert not torch.isneginf(logits[1]).any()
+    assert worker.guards.guard("debias").counters.failed_closed == 1
+
+
 def test_hidden_states_from_the_head(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the head's states the guard runs no pass of its own for them; a step without them fails closed."""
     from odd_models import basis

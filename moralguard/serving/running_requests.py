@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from moralguard.backends.arrays import Array, kind_of, namespace_of
 from moralguard.decoding.grad import plain_no_grad
 from moralguard.decoding.session import Outcome, RequestState
 from moralguard.decoding.slots import SlotFailure, Slots, SlotStep
-from moralguard.errors import BypassError, ControlError, ModelError, PolicyError
+from moralguard.errors import BypassError, ControlError, ModelError, PolicyError, PromptError
 from moralguard.guard import Guard
 from moralguard.serving.guards import ServedGuards
 
@@ -260,6 +261,19 @@ class RunningRequests:
 def _on_torch(outcome: Outcome) -> tuple[torch.Tensor, list[bool], list[bool]]:
     """f32[n, V] guarded logits, and which rows were touched and emptied."""
     return torch.as_tensor(outcome.logits), outcome.touched.tolist(), outcome.emptied.tolist()
+
+
+def check_prompt(lm: Any, prompt_ids: Sequence[int]) -> None:
+    """Raise on ids that the guard's passes can't read: a GPU would stop the whole process at one outside the vocabulary.
+
+    Raises:
+        PromptError: the prompt is empty, or holds ids that aren't tokens (stacks put such in the place of images).
+    """
+    if not prompt_ids:
+        raise PromptError("a request has no tokens; give at least one")
+    bad = next((token for token in prompt_ids if not 0 <= token < lm.vocab_size), None)
+    if bad is not None:
+        raise PromptError(f"a prompt holds id {bad}, which is no token of {lm.name} (0 to {lm.vocab_size - 1}); images can't be guarded")
 
 
 def admitted(guards: Guard | ServedGuards, asked: object) -> Guard | None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from moralguard.decoding.session import RequestState
-from moralguard.errors import ControlError, PolicyError, UnsupportedPathError
+from moralguard.errors import ControlError, PolicyError, PromptError, UnsupportedPathError
 from moralguard.guard import Guard
 from moralguard.models import load_model
 from moralguard.serving.config import ServingConfig
 from moralguard.serving.guards import ServedGuards
-from moralguard.serving.running_requests import RunningRequests
+from moralguard.serving.running_requests import RunningRequests, check_prompt
 from moralguard.serving.vllm_head import SWITCH, is_registered, newest
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,15 @@ class Worker:
         slot, self._next = self._next, self._next + 1
         self._key[slot] = (guard, tuple(prompt))
         state = self._remembered(guard, tuple(prompt), list(generated)) if generated else None
-        self.running.add(slot, guard, prompt, self._end_id, state=state, resumed=bool(generated))
+        unreadable = None
+        try:
+            check_prompt(self.running.lm, prompt)
+        except PromptError as error:  # raised here it would end every request
+            unreadable = error
+        self.running.add(slot, guard, [self._end_id] if unreadable else prompt, self._end_id, state=state, resumed=bool(generated))
+        if unreadable is not None:
+            self.running.fail(slot, "prompt", unreadable)
+            return slot
         if (
             generated
             and state is None
