@@ -86,6 +86,8 @@ def test_the_operators_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("policies: [{id: 'a b', policy: detox}]", "id"),
         ("policies: [{id: a, policy: detox}]\ndefault: b", "default policy 'b' isn't served"),
         ("policies: [{id: a, policy: detox}]\nmax_strength: .5", "max_strength"),
+        ("policies: [{id: a, policy: detox}]\nfolder: /", "no setting 'folder'"),
+        ("policies: [{id: a, policy: detox}]\nmax_strenght: 3", "did you mean 'max_strength'"),
         ("[1", "can't be read"),
         ("3", "expected a mapping"),
     ],

@@ -60,6 +60,7 @@ class ServingConfig(StrictModel):
         max_strength: the largest strength that a request may ask for.
         model: what the guard's own passes run on (a folder, an id, a GGUF or ONNX file), where the stack's model can't be used for
             them; None is the model that the stack serves.
+        folder: where paths of policies start; the file's own folder, and not a setting of the file.
     """
 
     policies: tuple[ServedPolicy, ...]
@@ -97,8 +98,12 @@ class ServingConfig(StrictModel):
             raise PolicyError(f"{path} can't be read: {error}") from error
         if not isinstance(data, dict):
             raise PolicyError(f"{path} holds a {type(data).__name__}; expected a mapping with `policies` and `default`")
+        known = [name for name in cls.model_fields if name != "folder"]
+        unknown = next((str(key) for key in data if key not in known), None)
+        if unknown is not None:
+            raise PolicyError(f"{path} has no setting {unknown!r}; {nearest(unknown, known)}")
         try:
-            config = cls(**{str(key): value for key, value in data.items()}, folder=file.parent)
+            config = cls(folder=file.parent, **{str(key): value for key, value in data.items()})
             for served in config.policies:
                 config.policy(served.id)
         except PolicyError as error:
