@@ -93,8 +93,8 @@ class Worker:
             and guard.gate is not None
             and (guard.gate.settings.stay_open or guard.gate.settings.risk_window > 1)
         ):
-            error = ControlError("the request came back to the batch, and what its gate had seen is no longer known", "gate")
-            self.running.fail(slot, "gate", error)
+            forgotten = ControlError("the request came back to the batch, and what its gate had seen is no longer known", "gate")
+            self.running.fail(slot, "gate", forgotten)
         return slot
 
     def stop(self, slot: int, generated: Sequence[int]) -> None:
