@@ -87,12 +87,7 @@ class Worker:
         if unreadable is not None:
             self.running.fail(slot, "prompt", unreadable)
             return slot
-        if (
-            generated
-            and state is None
-            and guard.gate is not None
-            and (guard.gate.settings.stay_open or guard.gate.settings.risk_window > 1)
-        ):
+        if generated and state is None and guard.gate is not None and guard.gate.remembers:
             forgotten = ControlError("the request came back to the batch, and what its gate had seen is no longer known", "gate")
             self.running.fail(slot, "gate", forgotten)
         return slot
