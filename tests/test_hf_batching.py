@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from odd_models import CONTROLS, PROMPTS
+from packaging.version import Version
 from tiny_models import VOCAB, llama
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cb_logits_processors
@@ -16,6 +18,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 import moralguard as mg
 from moralguard.controls import BoundControl, Control, Dense, Terms
 from moralguard.errors import PolicyError, PromptError, UnsupportedPathError
+from moralguard.serving import hf_batching
 from moralguard.serving.config import ServedPolicy, ServingConfig
 from moralguard.serving.guards import ServedGuards
 from moralguard.serving.hf_batching import BatchingProcessor, guarded_batching
@@ -23,6 +26,19 @@ from moralguard.serving.hf_batching import BatchingProcessor, guarded_batching
 NEW = 8
 TEXTS = [*(list(prompt) for prompt in PROMPTS), [8] * 11, [3], [90, 14, 2, 77]]
 DEBIAS = {"control": "self-debias@1", "prefixes": [[11, 12, 13], [14]], "decay_constant": 300.0}
+
+
+covered = pytest.mark.skipif(Version(transformers.__version__) < Version("5.19"), reason="guarded_batching refuses older versions")
+
+
+def test_versions_that_leave_the_guard_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(hf_batching, "_OLDEST", Version("99"))
+    with (
+        pytest.raises(UnsupportedPathError, match="draws tokens past the guard; it is covered from 99 on"),
+        guarded_batching(model, mg.Guard({"controls": [DEBIAS]}, (model, None))),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +87,7 @@ class BoundFailing(BoundControl["Failing"]):
         return Terms((Dense(delta),))
 
 
+@covered
 @pytest.mark.parametrize("control", sorted(CONTROLS))
 def test_each_request_has_the_tokens_that_it_has_alone(model: Any, control: str) -> None:
     guard = mg.Guard(mg.Policy(controls=[CONTROLS[control]()]), (model, None))
@@ -87,6 +104,7 @@ def test_each_request_has_the_tokens_that_it_has_alone(model: Any, control: str)
     assert counted["failed_closed"] == counted["failed_open"] == counted["unguarded_tokens"] == 0
 
 
+@covered
 def test_requests_that_are_preempted_come_back_as_they_were(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache too small for all: transformers puts requests back into the queue and reads them anew."""
     preempted, inherited = [], RequestState.create_equivalent_initial_request
@@ -103,6 +121,7 @@ def test_requests_that_are_preempted_come_back_as_they_were(model: Any, monkeypa
     assert preempted
 
 
+@covered
 def test_requests_that_come_while_others_run_each_under_its_policy(model: Any) -> None:
     config = ServingConfig(
         policies=(
@@ -137,6 +156,7 @@ def test_requests_that_come_while_others_run_each_under_its_policy(model: Any) -
     assert "gone" not in processor._slots, "a cancelled request was forgotten"
 
 
+@covered
 @pytest.mark.parametrize("on_error", ["closed", "open"])
 def test_a_control_that_fails_ends_its_own_request_only(model: Any, on_error: str) -> None:
     bad = 2
@@ -160,6 +180,7 @@ def test_a_control_that_fails_ends_its_own_request_only(model: Any, on_error: st
         assert (counted["failed_closed"], counted["failed_open"]) == (0, 1)
 
 
+@covered
 def test_the_model_is_afterwards_as_it_was(model: Any) -> None:
     guard = mg.Guard(mg.Policy(controls=[CONTROLS["self_debias"]()]), (model, None))
     before, known = dict(vars(model)), dict(cb_logits_processors.CLASSIC_TO_CB_PROCESSORS_MAP)
@@ -184,6 +205,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@covered
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_settings_that_hide_tokens_from_the_guard_are_refused(model: Any, name: str) -> None:
     guard = mg.Guard(mg.Policy(controls=[CONTROLS["self_debias"]()]), (model, None))
@@ -191,6 +213,7 @@ def test_settings_that_hide_tokens_from_the_guard_are_refused(model: Any, name: 
         REFUSED[name](model)
 
 
+@covered
 def test_what_else_is_refused(model: Any) -> None:
     guard = mg.Guard(mg.Policy(controls=[CONTROLS["self_debias"]()]), (model, None))
     with pytest.raises(UnsupportedPathError, match="another model"), guarded_batching(llama(seed=1), guard):
@@ -215,6 +238,7 @@ def test_what_else_is_refused(model: Any) -> None:
     model.destroy_cached_continuous_batching_manager()
 
 
+@covered
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
 def test_attach_refuses_continuous_batching(model: Any, name: str) -> None:
     guard = mg.Guard(mg.Policy(controls=[CONTROLS["self_debias"]()]), (model, None))
@@ -222,6 +246,7 @@ def test_attach_refuses_continuous_batching(model: Any, name: str) -> None:
         getattr(model, name)([[1, 2]])
 
 
+@covered
 def test_a_name_that_is_used_again_is_another_request(model: Any) -> None:
     guard = mg.Guard(mg.Policy(controls=[CONTROLS["self_debias"]()]), (model, None))
     with guarded_batching(model, guard):
@@ -235,6 +260,7 @@ def test_a_name_that_is_used_again_is_another_request(model: Any) -> None:
             manager.stop()
 
 
+@covered
 def test_prompts_that_are_read_in_pieces(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch then has rows of requests that get no token in it."""
     shapes, inherited = [], BatchingProcessor.__call__
@@ -254,6 +280,7 @@ def test_prompts_that_are_read_in_pieces(model: Any, monkeypatch: pytest.MonkeyP
     assert any(requests < rows for requests, rows in shapes)
 
 
+@covered
 def test_several_sequences_of_one_prompt(model: Any) -> None:
     """transformers forks a request once its prompt was read: the children have its first token."""
     guard = mg.Guard(mg.Policy(controls=[CONTROLS["self_debias"]()]), (model, None))

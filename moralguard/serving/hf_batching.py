@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.continuous_batching import cb_logits_processors
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
@@ -29,6 +31,7 @@ ARGUMENT = "moralguard"
 """The keyword of ``manager.add_request`` with a request's own policy: a JSON string, ``'{"policy": "strict"}'``."""
 
 _UNGUARDED = -1
+_OLDEST = Version("5.19")  # what was tried; 5.16 leaves the guard out without a word
 _guarded_models: set[int] = set()
 _lock = threading.Lock()
 
@@ -141,9 +144,15 @@ def guarded_batching(model: Any, guards: Guard | ServedGuards) -> Iterator[Any]:
         guards: one guard for all requests, or the policies that requests may name.
 
     Raises:
-        UnsupportedPathError: another model, one that is already guarded, or settings that keep tokens from the host.
+        UnsupportedPathError: a transformers before 5.19, another model, one that is already guarded, or settings that keep tokens from
+            the host.
         PolicyError: a request (``add_request``) names a policy that isn't served. PromptError: it has no tokens, or ids that are none.
     """
+    if Version(transformers.__version__) < _OLDEST:
+        raise UnsupportedPathError(
+            f"the continuous batching of transformers {transformers.__version__} draws tokens past the guard; it is covered from "
+            f"{_OLDEST} on"
+        )
     target: Any = model  # the analyser takes the comparison below for a proof of its type
     if kind_of(guards.lm) != "torch" or weights_of(guards.lm) is not target:
         raise UnsupportedPathError("guarded_batching got another model than the guard was built with; build a Guard for it")
