@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,14 @@ from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.history import Continuation, Ids, follow, goes_on, host_ids, leading, left_padding, unpadded
-from moralguard.decoding.session import Failure, Outcome, Session
+from moralguard.decoding.outcome import Failure, Outcome
+from moralguard.decoding.session import Session
 from moralguard.errors import BypassError, ControlError, PromptError, UnsupportedPathError
 
 _latest = threading.local()
 
 
-class StepProcessor:
+class StepProcessor(ABC):
     """Guards a loop that calls it at every step with all ids so far and the scores of the next token.
 
     Beams, and drafts that are taken back, are followed. The same guard listed twice acts once. What a backend adds is how scores
@@ -55,9 +57,9 @@ class StepProcessor:
         self.rows_guarded = 0
         self.positions = 0
 
+    @abstractmethod
     def _base_logits(self, scores: Any) -> Array:
         """f32[R, V] where the model computes, in memory of their own."""
-        raise NotImplementedError
 
     def _hidden(self) -> tuple[Array | None, Array | None]:
         """The base's newest hidden states [R, H] and head logits [R, V], where the loop's own pass gave them."""
@@ -67,9 +69,9 @@ class StepProcessor:
     def _given_hidden(self) -> bool:
         return False
 
+    @abstractmethod
     def _scores(self, logits: Array, touched: Array, scores: Any) -> Any:
         """Normalised log-probabilities in touched rows and the given scores elsewhere, in the kind of array of ``scores``."""
-        raise NotImplementedError
 
     def _guarded(self, input_ids: Any, scores: Any) -> Any:
         given = host_ids(input_ids)

@@ -15,9 +15,10 @@ from moralguard.backends.prompts import PromptLike, encode_prompt
 from moralguard.controls.base import BoundControl, Control
 from moralguard.controls.registry import control_class, control_names, write_control
 from moralguard.decoding.loop import grad_mode
+from moralguard.decoding.outcome import Outcome
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.rectification import rectify
-from moralguard.decoding.session import Outcome, Session
+from moralguard.decoding.session import Session
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Terms
 from moralguard.errors import PolicyError, PromptError

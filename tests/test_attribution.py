@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import moralguard_kernels as ops
+from moralguard.decoding.outcome import Outcome
 from moralguard.decoding.rectification import Rectified, rectify
-from moralguard.decoding.session import Outcome
 from moralguard.decoding.terms import Attenuation, Keep, LowRank, Mix, Sparse, Terms
 from moralguard.trace.attribution import score, trace_step
 

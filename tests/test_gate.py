@@ -13,7 +13,8 @@ from moralguard.backends.factored_head import FactoredHead
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls import DExperts, Prompt
 from moralguard.decoding.gate import Gate
-from moralguard.decoding.session import Outcome, Session
+from moralguard.decoding.outcome import Outcome
+from moralguard.decoding.session import Session
 from moralguard.errors import ModelError, PolicyError, UnsupportedPathError
 from moralguard.packs import write_pack
 

@@ -14,15 +14,15 @@ import sys
 from array import array
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from failing_control import Failing
 from odd_models import CONTROLS, PROMPTS
 from tiny_models import VOCAB, llama
 
 import moralguard as mg
-from moralguard.controls import BoundControl, Control, Dense, Terms
 from moralguard.errors import PolicyError, UnsupportedPathError
 from moralguard.serving import sglang
 from moralguard.serving.config import ENVIRONMENT, ServedPolicy, ServingConfig
@@ -92,28 +92,6 @@ def served(model: Any, on_error: str = "closed") -> ServedGuards:
         ServedPolicy(id="strict", policy={"controls": [DEBIAS], "on_error": on_error}),
     )
     return ServedGuards(ServingConfig(policies=policies, default="open"), mg.load_model((model, None)))
-
-
-class BoundFailing(BoundControl["Failing"]):
-    def terms(self, step: Any) -> Terms:
-        if bool((step.generated >= 2).any()):
-            raise ValueError("out of order")
-        delta = torch.zeros(step.rows, VOCAB)
-        delta[:, 5] = 1.0
-        return Terms((Dense(delta),))
-
-
-class Failing(Control):
-    """Raises once a request has generated two tokens."""
-
-    control_name: ClassVar[str] = "failing"
-
-    @property
-    def active(self) -> bool:
-        return True
-
-    def bind(self, lm: Any, values: Any) -> BoundFailing:
-        return BoundFailing(self, lm)
 
 
 @pytest.mark.parametrize("control", sorted(CONTROLS))

@@ -161,10 +161,10 @@ def check(stack: Stack, expected: dict[int, tuple[list[int], list[np.ndarray]]])
 
 @pytest.fixture(scope="module")
 def alone_tokens() -> Callable[[mg.Guard, int], tuple[list[int], list[np.ndarray]]]:
-    known: dict[tuple[int, int], tuple[list[int], list[np.ndarray]]] = {}
+    known: dict[tuple[mg.Guard, int], tuple[list[int], list[np.ndarray]]] = {}
 
     def find(guard: mg.Guard, text: int) -> tuple[list[int], list[np.ndarray]]:
-        key = (id(guard), text)
+        key = (guard, text)
         if key not in known:
             known[key] = alone(guard, TEXTS[text])
         return known[key]
@@ -252,6 +252,24 @@ def test_tokens_taken_back_are_read_anew(guards: list[mg.Guard]) -> None:
     stack.step([0])
     expected = alone(guards[0], [*TEXTS[1], *stack.tokens[0][:3]], 1)[1][0]
     assert apart(stack.laws[0][0], expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("controls", "gate", "failed"), [(2, True, "its gate saw 0 steps"), (2, False, "count keeps state"), (0, True, None)]
+)
+def test_tokens_that_a_guard_with_memory_never_saw_are_an_error(
+    controls: int, gate: bool, failed: str | None, guards: list[mg.Guard]
+) -> None:
+    """A request that comes with tokens and without what its guard remembers of them."""
+    guard, slots = guards[controls], Slots(guards[0].lm, own_base=True)
+    slots.add(0, guard.controls, guard.gate if gate else None, TEXTS[0])
+    with torch.no_grad():
+        steps, failures = slots.step({0: [5, 6]})
+    if failed is None:
+        assert [step.slots for step in steps] == [(0,)]
+    else:
+        assert not steps
+        assert failed in str(failures[0].error)
 
 
 def test_an_empty_prompt_and_a_prompt_without_room(guards: list[mg.Guard]) -> None:

@@ -9,15 +9,15 @@ import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from failing_control import Failing
 from odd_models import CONTROLS, PROMPTS
 from tiny_models import VOCAB, llama
 
 import moralguard as mg
-from moralguard.controls import BoundControl, Control, Dense, Terms
 from moralguard.errors import ModelError, PolicyError, UnsupportedPathError
 from moralguard.serving import trtllm
 from moralguard.serving.trtllm import BatchProcessor, EngineRequests, RequestProcessor, batch_processor, check_engine, request_processor
@@ -103,28 +103,6 @@ class Direct:
 
 def alone(guard: mg.Guard, text: list[int], new: int = NEW) -> list[int]:
     return guard.generate([text], max_new_tokens=new, do_sample=False).token_ids[0]
-
-
-class BoundFailing(BoundControl["Failing"]):
-    def terms(self, step: Any) -> Terms:
-        if bool((step.generated >= 2).any()):
-            raise ValueError("out of order")
-        delta = torch.zeros(step.rows, VOCAB)
-        delta[:, 5] = 1.0
-        return Terms((Dense(delta),))
-
-
-class Failing(Control):
-    """Raises once a request has generated two tokens."""
-
-    control_name: ClassVar[str] = "failing"
-
-    @property
-    def active(self) -> bool:
-        return True
-
-    def bind(self, lm: Any, values: Any) -> BoundFailing:
-        return BoundFailing(self, lm)
 
 
 @pytest.mark.parametrize("control", sorted(CONTROLS))

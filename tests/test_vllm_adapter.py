@@ -264,6 +264,21 @@ def test_a_prompt_that_the_guard_cannot_read_ends_its_request(prompt: list[int],
     assert worker.guards.guard("debias").counters.failed_closed == 1
 
 
+def test_a_request_that_failed_stays_ended_when_it_comes_back(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(serving(), vllm_config(folder))
+    guard = worker.guards.guard("debias")
+    slot = worker.start(guard, [5, 6], [])
+    with monkeypatch.context() as patched:
+        patched.setattr(guard.controls[0], "terms", lambda step: 1 / 0)
+        worker.step(torch.randn(1, VOCAB), [0], {slot: []}, {})
+    worker.stop(slot, [2])
+    logits = torch.randn(1, VOCAB)
+    worker.step(logits, [0], {worker.start(guard, [5, 6], [2]): [2]}, {})
+    assert logits[0].argmax() == 2
+    assert torch.isneginf(logits[0]).sum() == VOCAB - 1
+    assert guard.counters.failed_closed == 1
+
+
 def test_hidden_states_from_the_head(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the head's states the guard runs no pass of its own for them; a step without them fails closed."""
     from odd_models import basis

@@ -12,9 +12,10 @@ from moralguard.backends.arrays import kind_of, namespace_of
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import BoundGate
+from moralguard.decoding.outcome import Failure, Outcome
 from moralguard.decoding.records import Completion
 from moralguard.decoding.rectification import rectify
-from moralguard.decoding.session import Failure, Outcome, Session
+from moralguard.decoding.session import Session
 from moralguard.decoding.settings import DecodingSettings
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from moralguard.backends.arrays import Array, namespace_of
 from moralguard.controls.base import BoundControl
 from moralguard.decoding.gate import BoundGate
-from moralguard.decoding.session import Failure, Outcome, RequestState, Session
-from moralguard.errors import PromptError
+from moralguard.decoding.outcome import Failure, Outcome, RequestState
+from moralguard.decoding.session import Session
+from moralguard.errors import ControlError, PromptError
 
 if TYPE_CHECKING:
     from moralguard.backends.hf import LanguageModel
@@ -274,6 +275,7 @@ class Slots:
                     given_hidden=self._given_hidden,
                     state=None if request.state is None else _resumed(request.state, len(read), self._arrays),
                 )
+                _check_memory(request, len(read))
                 missed = len(read) - (0 if request.state is None else request.state.generated)
                 if missed:
                     session.pass_over(missed)
@@ -308,3 +310,19 @@ def _resumed(state: RequestState, generated: int, arrays: Any) -> RequestState:
     if state.newest is None or generated == state.generated:
         return state
     return replace(state, log_odds=arrays.cat([state.log_odds, state.newest], -1), newest=None)
+
+
+def _check_memory(request: _Request, generated: int) -> None:
+    """Raise where the gate looks back at steps that nobody remembers.
+
+    Raises:
+        ControlError: the request has tokens that its guard never saw being drawn, or tokens were taken back.
+    """
+    seen = 0 if request.state is None else request.state.generated
+    known = generated == seen or (request.state is not None and generated == seen + 1)
+    if request.gate is not None and request.gate.remembers and not known:
+        raise ControlError(
+            f"the request has {generated} tokens, its gate saw {seen} steps, and what opens it depends on the others; hand `add` what "
+            "`park` gave, or use a gate without stay_open and risk_window",
+            "gate",
+        )

@@ -14,7 +14,7 @@ import torch
 
 from moralguard.backends.arrays import Array, kind_of, namespace_of
 from moralguard.decoding.grad import plain_no_grad
-from moralguard.decoding.session import Outcome, RequestState
+from moralguard.decoding.outcome import Outcome, RequestState
 from moralguard.decoding.slots import SlotFailure, Slots, SlotStep
 from moralguard.errors import BypassError, ControlError, ModelError, PolicyError, PromptError
 from moralguard.guard import Guard
@@ -74,12 +74,13 @@ class RunningRequests:
         *,
         state: RequestState | None = None,
         resumed: bool = False,
+        ended: bool = False,
     ) -> None:
         """A request in a slot, whoever held it before.
 
         Args:
             end_id: the token that ends it where the policy fails closed; None where the caller ends requests itself (see ``step``).
-            state: what ``park`` gave. resumed: it has been counted before.
+            state: what ``park`` gave. resumed: it has been counted before. ended: it failed closed before.
 
         Raises:
             PromptError: the prompt is empty.
@@ -88,9 +89,9 @@ class RunningRequests:
         if guard.lm is not self.lm:
             raise ModelError(f"the guard of slot {slot} is bound to {guard.lm.name}, not to the model that these requests share")
         self.remove(slot)
-        if guard.controls:
+        if guard.controls and not ended:
             self._slots.add(slot, guard.controls, guard.gate, prompt_ids, state)
-        self._requests[slot] = _Running(guard, tuple(prompt_ids), end_id)
+        self._requests[slot] = _Running(guard, tuple(prompt_ids), end_id, ended=ended)
         guard.counters.add(requests=0 if resumed else 1)
 
     def refuse(self, slot: int, error: Exception, end_id: int) -> None:
@@ -130,6 +131,10 @@ class RunningRequests:
         state = None if request is None or request.ended else self._slots.park(slot, generated)
         self.remove(slot)
         return state
+
+    def has_ended(self, slot: int) -> bool:
+        """Whether its guard failed and its policy fails closed."""
+        return slot in self._requests and self._requests[slot].ended
 
     def fail(self, slot: int, control: str, error: Exception) -> None:
         """A failure that the stack's adapter found: the request ends, or goes on unguarded, as its policy says."""
@@ -274,6 +279,21 @@ def check_prompt(lm: Any, prompt_ids: Sequence[int]) -> None:
     bad = next((token for token in prompt_ids if not 0 <= token < lm.vocab_size), None)
     if bad is not None:
         raise PromptError(f"a prompt holds id {bad}, which is no token of {lm.name} (0 to {lm.vocab_size - 1}); images can't be guarded")
+
+
+def end_of_text(lm: Any) -> int:
+    """The token that ends a request whose control fails.
+
+    Raises:
+        PolicyError: the model has none.
+    """
+    if not lm.eos_token_ids:
+        raise PolicyError(
+            f"{lm.name} has no end-of-text token, with which a request is ended when a control fails; set eos_token_id in its "
+            "generation_config.json"
+        )
+    end_id: int = min(lm.eos_token_ids)
+    return end_id
 
 
 def admitted(guards: Guard | ServedGuards, asked: object) -> Guard | None:

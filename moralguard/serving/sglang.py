@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from moralguard.errors import BypassError, PolicyError, UnsupportedPathError
+from moralguard.errors import BypassError, UnsupportedPathError
 from moralguard.guard import Guard
 from moralguard.models import load_model
 from moralguard.serving.config import ENVIRONMENT, ServingConfig
 from moralguard.serving.guards import ServedGuards
-from moralguard.serving.running_requests import RunningRequests, admitted, check_prompt
+from moralguard.serving.running_requests import RunningRequests, admitted, check_prompt, end_of_text
 
 BACKEND = "moralguard"
 """The value of ``--sampling-backend``."""
@@ -66,12 +66,7 @@ class RequestRows:
 
     def __init__(self, guards: Guard | ServedGuards):
         self._guards, lm = guards, guards.lm
-        if not lm.eos_token_ids:
-            raise PolicyError(
-                f"{lm.name} has no end-of-text token, with which a request is ended when a control fails; set eos_token_id in its "
-                "generation_config.json"
-            )
-        self._end_id: int = min(lm.eos_token_ids)
+        self._end_id = end_of_text(lm)
         self._running = RunningRequests(lm)
         self._slots: dict[str, tuple[int, weakref.ref[Any]]] = {}
         self._next = 0

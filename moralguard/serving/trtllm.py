@@ -20,7 +20,7 @@ from moralguard.guard import Guard
 from moralguard.models import load_model
 from moralguard.serving.config import ServingConfig
 from moralguard.serving.guards import ServedGuards
-from moralguard.serving.running_requests import RunningRequests, admitted, check_prompt
+from moralguard.serving.running_requests import RunningRequests, admitted, check_prompt, end_of_text
 
 _MOST = 1024
 
@@ -45,12 +45,7 @@ class EngineRequests:
     def __init__(self, guards: Guard | ServedGuards, most: int = _MOST):
         self._guards, self._most = guards, most
         lm = guards.lm
-        if not lm.eos_token_ids:
-            raise PolicyError(
-                f"{lm.name} has no end-of-text token, with which a request is ended when a control fails; set eos_token_id in its "
-                "generation_config.json"
-            )
-        self._end_id: int = min(lm.eos_token_ids)
+        self._end_id = end_of_text(lm)
         self._running = RunningRequests(lm)
         self._slots: OrderedDict[int, tuple[int, list[int], str | None]] = OrderedDict()  # request id -> slot, prompt, what it asks
         self._next = 0

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from moralguard.decoding.session import RequestState
-from moralguard.errors import ControlError, PolicyError, PromptError, UnsupportedPathError
+from moralguard.decoding.outcome import RequestState
+from moralguard.errors import PolicyError, PromptError, UnsupportedPathError
 from moralguard.guard import Guard
 from moralguard.models import load_model
 from moralguard.serving.config import ServingConfig
 from moralguard.serving.guards import ServedGuards
-from moralguard.serving.running_requests import RunningRequests, check_prompt
+from moralguard.serving.running_requests import RunningRequests, check_prompt, end_of_text
 from moralguard.serving.vllm_head import SWITCH, is_registered, newest
 
 _log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class Worker:
             _log.warning("vLLM returns log-probabilities from before the guard; --logprobs-mode processed_logprobs gives the guarded ones")
         self.states_given = is_registered()
         self.running = RunningRequests(lm, given_hidden=self.states_given)
-        self._end_id = min(lm.eos_token_ids, default=0)
-        self._parked: OrderedDict[tuple[Any, ...], RequestState] = OrderedDict()
+        self._end_id = end_of_text(lm)
+        self._parked: OrderedDict[tuple[Any, ...], tuple[bool, RequestState | None]] = OrderedDict()
         self._next = 0
         self._key: dict[int, tuple[Guard, tuple[int, ...]]] = {}
 
@@ -77,38 +77,37 @@ class Worker:
         """A request of the batch; its slot."""
         slot, self._next = self._next, self._next + 1
         self._key[slot] = (guard, tuple(prompt))
-        state = self._remembered(guard, tuple(prompt), list(generated)) if generated else None
+        ended, state = self._remembered(guard, tuple(prompt), list(generated)) if generated else (False, None)
         unreadable = None
         try:
             check_prompt(self.running.lm, prompt)
         except PromptError as error:  # raised here it would end every request
             unreadable = error
-        self.running.add(slot, guard, [self._end_id] if unreadable else prompt, self._end_id, state=state, resumed=bool(generated))
+        readable = prompt if unreadable is None else [self._end_id]
+        self.running.add(slot, guard, readable, self._end_id, state=state, resumed=bool(generated), ended=ended)
         if unreadable is not None:
             self.running.fail(slot, "prompt", unreadable)
-            return slot
-        if generated and state is None and guard.gate is not None and guard.gate.remembers:
-            forgotten = ControlError("the request came back to the batch, and what its gate had seen is no longer known", "gate")
-            self.running.fail(slot, "gate", forgotten)
         return slot
 
     def stop(self, slot: int, generated: Sequence[int]) -> None:
         """A request left the batch: it is over, or was preempted and comes back. What its guard saw depends on nothing but its tokens."""
         guard, prompt = self._key.pop(slot)
+        ended = self.running.has_ended(slot)
         state = self.running.park(slot, generated)
-        if state is None or guard.gate is None or not guard.gate.remembers:
+        if not ended and state is None:
             return
-        self._parked[(id(guard), prompt, tuple(generated))] = state
+        self._parked[(guard, prompt, tuple(generated))] = (ended, state)
         if len(self._parked) > _PARKED:
             self._parked.popitem(last=False)
 
-    def _remembered(self, guard: Guard, prompt: tuple[int, ...], generated: list[int]) -> RequestState | None:
+    def _remembered(self, guard: Guard, prompt: tuple[int, ...], generated: list[int]) -> tuple[bool, RequestState | None]:
+        """(whether it had ended, what its guard remembers)."""
         # the newest token may not have been known when the request was taken off
         for known in (generated, generated[:-1]):
-            state = self._parked.get((id(guard), prompt, tuple(known)))
-            if state is not None:
-                return state
-        return None
+            found = self._parked.get((guard, prompt, tuple(known)))
+            if found is not None:
+                return found
+        return False, None
 
     def step(
         self, logits: torch.Tensor, rows: Sequence[int], tokens: Mapping[int, Sequence[int]], temperature: Mapping[int, float]

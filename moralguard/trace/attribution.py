@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from moralguard.backends.arrays import namespace_for
+from moralguard.decoding.outcome import Outcome
 from moralguard.decoding.rectification import Rectified, rectify
-from moralguard.decoding.session import Outcome
 from moralguard.trace.records import TokenTrace
 from moralguard_kernels.numpy_rows import quiet
 
