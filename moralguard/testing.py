@@ -20,7 +20,7 @@ from moralguard.decoding.passes import Pass
 from moralguard.decoding.rectification import rectify
 from moralguard.decoding.session import Session
 from moralguard.decoding.step import Columns, Step
-from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Terms
+from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Terms
 from moralguard.errors import PolicyError, PromptError
 from moralguard.guard import Guard
 from moralguard.models import load_model
@@ -476,12 +476,16 @@ def _expected(term: Any, rows: int, vocabulary: int) -> list[tuple[str, torch.Te
     if isinstance(term, Sparse):
         count = term.ids.shape[-1]
         return [("ids", term.ids, (rows, count)), ("bias", term.bias, (rows, count))]
+    if isinstance(term, Only):
+        return [("mask", term.mask, whole)]
     return [("delta", term.delta, whole)] if isinstance(term, Dense) else []
 
 
 def _problem_of_term(term: Any, vocabulary: int) -> str | None:
-    if not isinstance(term, (Mix, LowRank, Sparse, Attenuation, Dense, Keep)):
+    if not isinstance(term, (Mix, LowRank, Sparse, Attenuation, Dense, Keep, Only)):
         return "not a term that backends know; see moralguard.decoding.terms"
+    if isinstance(term, Only) and term.mask.dtype != torch.bool:
+        return f"mask is {term.mask.dtype}; expected bool"
     if isinstance(term, Mix) and len(term.sources) != len(term.weights):
         return f"{len(term.sources)} sources, but {len(term.weights)} weights"
     if isinstance(term, Attenuation) and not term.sources:

@@ -57,6 +57,10 @@ class NumpyModel:
     def missing(self, needs: Capabilities) -> list[str]:
         return needs.missing_from(Capabilities(hidden=self.head is not None, history=True, auxiliary=True, per_request=True))
 
+    def logits_of(self, states: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.lm.logits_of(torch.tensor(states)).numpy()
+
     def new_cache(self) -> Cache:
         return Cache(self.lm.new_cache())
 

@@ -25,6 +25,10 @@ class Head:
         """E @ directions in float32: [V, r] for directions [d, r]."""
         return self.weight.to(torch.float32) @ directions.to(device=self.weight.device, dtype=torch.float32)
 
+    def bend(self, before: torch.Tensor) -> torch.Tensor:
+        """g(before), f[..., V] of the same kind, for ``before`` = E h + b."""
+        return before * self.scale if self.softcap is None else self.softcap * torch.tanh(before / self.softcap)
+
     def delta(self, before: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """g(before + shift) - g(before), [R, V]; ``before`` = E h + b is needed only where there is a soft cap."""
         if self.softcap is None:

@@ -204,6 +204,16 @@ class LanguageModel:
             for handle in handles:
                 handle.remove()
 
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        """f32[..., V] of last hidden states f[..., d].
+
+        Raises:
+            ModelError: the head has no known form.
+        """
+        if self.head is None:
+            raise ModelError(f"the head of {self.name} has no known form, so the probabilities of given tokens can't be read")
+        return self.head.bend(self.model.get_output_embeddings()(states).float())
+
     def forward(
         self,
         *,

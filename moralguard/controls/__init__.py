@@ -9,17 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "moralguard.controls.arithmetic": ("ModelArithmetic",),
     "moralguard.controls.base": ("BoundControl", "Control"),
+    "moralguard.controls.contrastive": ("ContrastiveDecoding",),
     "moralguard.controls.dexperts": ("DExperts",),
     "moralguard.controls.experts": ("Prompt",),
     "moralguard.backends.factored_head": ("FactoredHead",),
     "moralguard.controls.fudge": ("Fudge",),
+    "moralguard.controls.gedi": ("GeDi",),
+    "moralguard.controls.guidance": ("Guidance",),
     "moralguard.controls.nullspace": ("NullspaceProjection",),
     "moralguard.controls.pplm": ("PPLM",),
+    "moralguard.controls.proxy_tuning": ("ProxyTuning",),
+    "moralguard.controls.rad": ("RAD",),
+    "moralguard.controls.args": ("ARGS",),
+    "moralguard.controls.word_list": ("WordList",),
+    "moralguard.controls.instruction": ("Instruction",),
+    "moralguard.controls.sasa": ("SASA",),
+    "moralguard.controls.safe_decoding": ("SafeDecoding",),
     "moralguard.controls.self_debias": ("SelfDebias",),
     "moralguard.decoding.passes": ("Pass",),
     "moralguard.decoding.step": ("Columns", "Step"),
-    "moralguard.decoding.terms": ("Attenuation", "Dense", "Keep", "LowRank", "Mix", "Sparse", "Terms"),
+    "moralguard.decoding.terms": ("Attenuation", "Dense", "Keep", "LowRank", "Mix", "Only", "Sparse", "Terms"),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)
@@ -27,16 +38,27 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 if TYPE_CHECKING:  # names are re-exported lazily below
     # ruff: noqa: F401
     from moralguard.backends.factored_head import FactoredHead
+    from moralguard.controls.args import ARGS
+    from moralguard.controls.arithmetic import ModelArithmetic
     from moralguard.controls.base import BoundControl, Control
+    from moralguard.controls.contrastive import ContrastiveDecoding
     from moralguard.controls.dexperts import DExperts
     from moralguard.controls.experts import Prompt
     from moralguard.controls.fudge import Fudge
+    from moralguard.controls.gedi import GeDi
+    from moralguard.controls.guidance import Guidance
+    from moralguard.controls.instruction import Instruction
     from moralguard.controls.nullspace import NullspaceProjection
     from moralguard.controls.pplm import PPLM
+    from moralguard.controls.proxy_tuning import ProxyTuning
+    from moralguard.controls.rad import RAD
+    from moralguard.controls.safe_decoding import SafeDecoding
+    from moralguard.controls.sasa import SASA
     from moralguard.controls.self_debias import SelfDebias
+    from moralguard.controls.word_list import WordList
     from moralguard.decoding.passes import Pass
     from moralguard.decoding.step import Columns, Step
-    from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Terms
+    from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Terms
 
 
 def __getattr__(name: str) -> Any:

@@ -14,11 +14,22 @@ from moralguard.schema import nearest
 ENTRY_POINT_GROUP = "moralguard.controls"
 
 _BUILT_IN = {
+    "args": "moralguard.controls.args:ARGS",
+    "arithmetic": "moralguard.controls.arithmetic:ModelArithmetic",
+    "contrastive": "moralguard.controls.contrastive:ContrastiveDecoding",
     "dexperts": "moralguard.controls.dexperts:DExperts",
     "fudge": "moralguard.controls.fudge:Fudge",
+    "gedi": "moralguard.controls.gedi:GeDi",
+    "guidance": "moralguard.controls.guidance:Guidance",
+    "instruction": "moralguard.controls.instruction:Instruction",
     "nullspace": "moralguard.controls.nullspace:NullspaceProjection",
     "pplm": "moralguard.controls.pplm:PPLM",
+    "proxy-tuning": "moralguard.controls.proxy_tuning:ProxyTuning",
+    "rad": "moralguard.controls.rad:RAD",
+    "sasa": "moralguard.controls.sasa:SASA",
+    "safe-decoding": "moralguard.controls.safe_decoding:SafeDecoding",
     "self-debias": "moralguard.controls.self_debias:SelfDebias",
+    "word-list": "moralguard.controls.word_list:WordList",
 }
 
 
@@ -82,6 +93,8 @@ def _plain(value: Any, where: str) -> Any:
         return str(value)
     if isinstance(value, (tuple, list)):
         return [_plain(item, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     raise PolicyError(f"{where} is a {type(value).__name__}, which a policy file can't hold; save it and name its path instead")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moralguard.backends.numpy_arrays import Array, left_padded, pad_left
+from moralguard.decoding.likelihood import Likelihood
 from moralguard.errors import PromptError
 
 
@@ -20,6 +21,7 @@ class RowGroup:
         hidden: f32[R, d] last hidden state there, when captured; head_logits f32[R, V] where the head bends its logits.
         hidden_sum: f32[R, d] sum of the hidden states of all positions **before** the newest, when states are kept.
         mask: i64[R, W], 0 at padding.
+        likelihood: log-probabilities of the tokens read, when asked for.
     """
 
     def __init__(
@@ -30,14 +32,18 @@ class RowGroup:
         *,
         hidden: bool = False,
         states: bool = False,
+        counted_from: Sequence[int] | None = None,
     ):
         self.lm = lm
-        self._capture_hidden, self._capture_states = hidden or states, states
+        self._sum_states, self._capture_states = states, states or counted_from is not None
+        self._capture_hidden = hidden or self._capture_states
         self.lengths = [len(row) for row in rows]
         self._check_room("needs")
         ids, self.mask = left_padded(rows, lm)
+        self.logits: Array
         self.hidden: Array | None = None
         self.hidden_sum: Array | None = None
+        self.likelihood = None if counted_from is None else Likelihood(lm, self.lengths, counted_from)
         self.cache = lm.new_cache()
         self._forward(ids, first=True)
 
@@ -65,8 +71,10 @@ class RowGroup:
             hidden=self._capture_hidden,
             states=self._capture_states,
         )
+        if self.likelihood is not None:
+            self.likelihood.read(ids, None if first else self.logits, output.states)
         self.logits, self.head_logits = output.logits, output.head_logits
-        if self._capture_states:
+        if self._sum_states:
             states = output.states.astype(np.float32, copy=False)
             seen = (states * self.mask[:, -count:, None].astype(np.float32)).sum(1) - states[:, -1]
             if first or self.hidden_sum is None or self.hidden is None:
@@ -91,10 +99,14 @@ class RowGroup:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[rows])
+        if self.likelihood is not None:
+            self.likelihood = self.likelihood.select(rows)
         unused = self.mask.shape[1] - max(self.lengths)
         if unused:
             self.cache.drop_oldest(unused)
             self.mask = self.mask[:, unused:]
+            if self.likelihood is not None:
+                self.likelihood = self.likelihood.without_oldest(unused)
 
     def fork(self, rows: Array) -> RowGroup:
         """A group of its own of these rows (i64[n]); this one stays as it is."""
@@ -113,12 +125,20 @@ class RowGroup:
         for name in ("hidden", "head_logits", "hidden_sum"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, None if mine is None or theirs is None else np.concatenate([mine, theirs]))
+        if self.likelihood is not None and other.likelihood is not None:
+            self.likelihood = self.likelihood.joined(other.likelihood)
 
     def rewind(self, tokens: int) -> None:
         """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""
+        known = None if self.likelihood is None else self.likelihood.without_newest(tokens)
+        tokens += known is not None  # the law after the last token that stays isn't known any more: that token is read again
         self.cache.drop_newest(tokens)
         self.mask = self.mask[:, :-tokens]
         self.lengths = [n - tokens for n in self.lengths]
+        if known is not None:
+            self.likelihood = None
+            self.advance(known.ids[:, -1:])
+            self.likelihood = known
 
     def key_values(self) -> list[tuple[Array, Array]]:
         """Keys and values [R, heads, W, head_dim] a layer, the newest position included."""
@@ -140,11 +160,16 @@ class SeparateRows:
         *,
         hidden: bool = False,
         states: bool = False,
+        counted_from: Sequence[int] | None = None,
     ):
         self.lm = lm
         lengths = sorted({len(row) for row in rows})
-        members = [[row for row in rows if len(row) == length] for length in lengths]
-        self._groups = [RowGroup(lm, own, [None] * len(own), hidden=hidden, states=states) for own in members]
+        self._groups = []
+        for length in lengths:
+            own = [index for index, row in enumerate(rows) if len(row) == length]
+            start = None if counted_from is None else [counted_from[index] for index in own]
+            group = RowGroup(lm, [rows[i] for i in own], [None] * len(own), hidden=hidden, states=states, counted_from=start)
+            self._groups.append(group)
         self._lay_out([lengths.index(len(row)) for row in rows])
 
     def _lay_out(self, groups: Sequence[int]) -> None:
@@ -183,6 +208,16 @@ class SeparateRows:
     @property
     def hidden_sum(self) -> Array | None:
         return self._gathered("hidden_sum")
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        found = self._groups[0].likelihood
+        for group in self._groups[1:]:
+            if found is None or group.likelihood is None:
+                return None
+            found = found.joined(group.likelihood)
+        starts = np.cumsum([0, *(len(group.lengths) for group in self._groups)])
+        return None if found is None else found.select(np.array([starts[group] + row for group, row in self._place]))
 
     def advance(self, tokens: Array) -> None:
         """Append tokens i64[R, n] to every row and read them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moralguard.backends.arrays import kind_of, namespace_of, weights_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moralguard.backends.hf import LanguageModel
     from moralguard.backends.kv_cache import KeyValue
     from moralguard.backends.lora import LoraAdapter
+    from moralguard.decoding.likelihood import Likelihood
     from moralguard.decoding.torch_rows import RowGroup
 
 
@@ -35,6 +36,7 @@ class Pass:
         literal: the prefix was given as ids and goes in front as it is; a text prefix respects chat templates.
         adapter: LoRA adapter on these weights, or None.
         states: the control also needs the sum of hidden states over all earlier positions.
+        likelihood: the control also needs how probable the request's own tokens were, those of its prompt included.
     """
 
     lm: LanguageModel
@@ -42,6 +44,7 @@ class Pass:
     literal: bool = False
     adapter: LoraAdapter | None = None
     states: bool = False
+    likelihood: bool = False
 
     @property
     def key(self) -> tuple[int, tuple[int, ...], bool, int]:
@@ -106,6 +109,27 @@ class PassView:
         return self.group.hidden_sum[self.rows]
 
     @property
+    def log_likelihood(self) -> torch.Tensor:
+        """f64[R], nats: summed log-probabilities of the request's own tokens that stand behind the prefix, up to the newest.
+
+        A first token that nothing stands before isn't counted. Follows its row through reordering, rewinding and leaving.
+        """
+        sums: torch.Tensor = self._likelihood.sums[self.rows]
+        return sums
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """i64[R], how many tokens ``log_likelihood`` counts."""
+        counts: torch.Tensor = self._likelihood.counts[self.rows]
+        return counts
+
+    @property
+    def _likelihood(self) -> Likelihood:
+        if self.group.likelihood is None:
+            raise RuntimeError("this pass keeps no probabilities of its tokens; ask for them with Pass(likelihood=True)")
+        return self.group.likelihood
+
+    @property
     def mask(self) -> torch.Tensor:
         """i64[R, W]."""
         return self.group.mask[self.rows]
@@ -124,9 +148,8 @@ class PassTable:
     def __init__(self, passes: Sequence[Pass], prompts: Sequence[Sequence[int]], *, hidden_for: LanguageModel | None = None):
         unique: dict[tuple[int, tuple[int, ...], bool, int], Pass] = {}
         for item in passes:
-            known = unique.get(item.key)
-            if known is None or (item.states and not known.states):
-                unique[item.key] = item
+            known = unique.get(item.key, item)
+            unique[item.key] = replace(item, states=item.states or known.states, likelihood=item.likelihood or known.likelihood)
         self.requests = len(prompts)
         self._by_model: dict[int, list[Pass]] = {}
         for item in unique.values():
@@ -139,9 +162,10 @@ class PassTable:
         self.groups: list[RowGroup] = []
         self._place: dict[tuple[int, tuple[int, ...], bool, int], tuple[int, int]] = {}
         for items in self._by_model.values():
-            lm, rows, adapters = items[0].lm, [], []
+            lm, rows, adapters, behind = items[0].lm, [], [], []
             for order, item in enumerate(items):
                 rows += [place_prefix(lm, item.prefix, prompt, item.literal) for prompt in prompts]
+                behind += [_behind_prefix(item, prompt) for prompt in prompts]
                 adapters += [item.adapter] * len(prompts)
                 self._place[item.key] = (len(self.groups), order)
             self.groups.append(
@@ -151,6 +175,7 @@ class PassTable:
                     adapters,
                     hidden=self._hidden_for is not None and weights_of(lm) is weights_of(self._hidden_for),
                     states=any(item.states for item in items),
+                    counted_from=behind if any(item.likelihood for item in items) else None,
                 )
             )
 
@@ -208,6 +233,14 @@ class PassTable:
     def reread(self, histories: Sequence[Sequence[int]]) -> None:
         """Start over from these token ids."""
         self._build(histories)
+
+
+def _behind_prefix(item: Pass, prompt: Sequence[int]) -> int:
+    """The place in a pass's row of the first token behind its prefix; 0 without a prefix."""
+    if not item.prefix:
+        return 0
+    marker = -1  # no token's id, so that it tells where the prefix goes
+    return place_prefix(item.lm, (marker,), prompt, item.literal).index(marker) + len(item.prefix)
 
 
 def _row_group_of(lm: LanguageModel) -> Any:

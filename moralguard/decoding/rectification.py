@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moralguard.backends.arrays import namespace_for
 from moralguard.decoding.settings import DecodingSettings
-from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Sparse, Term, Terms
+from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Term, Terms
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,8 @@ class Rectified:
         base: f[R, V], the base's logits.
         touched: bool[R], rows in which a control acts.
         arguments: the terms, as the ops take them; empty where nothing acts.
-        computed: f32[R, V], the guarded logits where they are known without the terms (rows that were rectified one by one).
+        computed: f32[R, V], the guarded logits where they are known without the terms (rows that were rectified one by one, or hold a
+            support that a control chose).
     """
 
     base: torch.Tensor
@@ -126,7 +127,11 @@ def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:
             packer.add(term, item.rows)
     if not packer.used:
         return Rectified(base, touched)
-    return Rectified(base, touched, packer.arguments())
+    law = Rectified(base, touched, packer.arguments())
+    if packer.support is None:
+        return law
+    removed = touched[:, None] & ~packer.support
+    return Rectified(base, touched, computed=arrays.masked_fill(law.logits, removed, float("-inf")))
 
 
 class _Packer:
@@ -140,6 +145,7 @@ class _Packer:
         self.base = base
         self.arrays = namespace_for(base)
         self.used = False
+        self.support: torch.Tensor | None = None  # bool[R, V], the intersection of the supports that controls chose
         self._mixes: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]] = []
         self._extra: list[torch.Tensor] = []
         self._low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -154,6 +160,9 @@ class _Packer:
         _check(term, self.base)
         if isinstance(term, Keep):
             self._keep(term, rows)
+        elif isinstance(term, Only):
+            mask = term.mask if rows is None else term.mask | ~rows[:, None]
+            self.support = mask if self.support is None else self.support & mask
         elif isinstance(term, Mix):
             self._mix(term.sources, [self._zeros() if term.base_weight is None else term.base_weight, *term.weights], rows)
         elif isinstance(term, Dense):
@@ -291,6 +300,8 @@ def _check(term: Term, base: torch.Tensor) -> None:
         wanted += [("candidate bias", term.bias, tuple(term.ids.shape)), ("candidate ids", term.ids[:, :0], (rows, 0))]
     elif isinstance(term, Dense):
         wanted += [("dense delta", term.delta, (rows, vocabulary))]
+    elif isinstance(term, Only):
+        wanted += [("mask of the tokens that stay", term.mask, (rows, vocabulary))]
     for name, tensor, shape in wanted:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")

@@ -63,7 +63,14 @@ class Keep:
     min_p: float | None = None
 
 
-Term = Mix | LowRank | Sparse | Attenuation | Dense | Keep
+@dataclass(frozen=True)
+class Only:
+    """The tokens that stay, bool[R, V]: chosen by the control, where no threshold on the base tells them."""
+
+    mask: torch.Tensor
+
+
+Term = Mix | LowRank | Sparse | Attenuation | Dense | Keep | Only
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moralguard.backends.kv_cache import (
 )
 from moralguard.backends.lora import LoraAdapter, apply_adapters
 from moralguard.backends.torch_arrays import pad_left
+from moralguard.decoding.likelihood import Likelihood
 from moralguard.errors import PromptError
 
 
@@ -31,6 +32,7 @@ class RowGroup:
         hidden: f[R, d] last hidden state there, when captured; head_logits f[R, V] likewise.
         hidden_sum: f32[R, d] sum of the hidden states of all positions **before** the newest, when states are kept.
         mask: i64[R, W], 0 at padding.
+        likelihood: log-probabilities of the tokens read, when asked for.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class RowGroup:
         *,
         hidden: bool = False,
         states: bool = False,
+        counted_from: Sequence[int] | None = None,
     ):
         self.lm = lm
         self.adapters = list(adapters)
-        self._capture_hidden, self._capture_states = hidden or states, states
+        self._sum_states, self._capture_states = states, states or counted_from is not None
+        self._capture_hidden = hidden or self._capture_states
         width = max(len(row) for row in rows)
         if lm.context_length is not None and width > lm.context_length:
             raise PromptError(
@@ -58,8 +62,10 @@ class RowGroup:
             ids[i, width - len(row) :] = torch.as_tensor(row)
             mask[i, width - len(row) :] = 1
         self.mask = mask.to(lm.device)
+        self.logits: torch.Tensor
         self.hidden: torch.Tensor | None = None
         self.hidden_sum: torch.Tensor | None = None
+        self.likelihood = None if counted_from is None else Likelihood(lm, self.lengths, counted_from)
         self.cache = lm.new_cache()
         self._forward(ids.to(lm.device), first=True)
 
@@ -80,8 +86,10 @@ class RowGroup:
                 hidden=self._capture_hidden,
                 states=self._capture_states,
             )
+            if self.likelihood is not None and output.states is not None:
+                self.likelihood.read(ids, None if first else self.logits, output.states)
         self.logits, self.head_logits = output.logits, output.head_logits
-        if self._capture_states and output.states is not None:
+        if self._sum_states and output.states is not None:
             seen = (output.states.float() * self.mask[:, -count:, None]).sum(1) - output.states[:, -1].float()
             if first or self.hidden_sum is None or self.hidden is None:
                 self.hidden_sum = seen
@@ -110,10 +118,14 @@ class RowGroup:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[index])
+        if self.likelihood is not None:
+            self.likelihood = self.likelihood.select(index)
         unused = self.mask.shape[1] - max(self.lengths)
         if unused and self.rewindable:
             drop_oldest(self.cache, unused)
             self.mask = self.mask[:, unused:]
+            if self.likelihood is not None:
+                self.likelihood = self.likelihood.without_oldest(unused)
 
     def fork(self, rows: torch.Tensor) -> RowGroup:
         """A group of its own of these rows (i64[n]); this one stays as it is. Only where the group is ``rewindable``."""
@@ -132,12 +144,20 @@ class RowGroup:
         for name in ("hidden", "head_logits", "hidden_sum"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, None if mine is None or theirs is None else torch.cat([mine, theirs]))
+        if self.likelihood is not None and other.likelihood is not None:
+            self.likelihood = self.likelihood.joined(other.likelihood)
 
     def rewind(self, tokens: int) -> None:
         """Forget the newest tokens of every row; the logits are those of the dropped position until the next ``advance``."""
+        known = None if self.likelihood is None else self.likelihood.without_newest(tokens)
+        tokens += known is not None  # the law after the last token that stays isn't known any more: that token is read again
         drop_newest(self.cache, tokens)
         self.mask = self.mask[:, :-tokens]
         self.lengths = [n - tokens for n in self.lengths]
+        if known is not None:
+            self.likelihood = None
+            self.advance(known.ids[:, -1:])
+            self.likelihood = known
 
     def key_values(self) -> list[KeyValue]:
         """Keys and values [R, heads, W, head_dim] a layer, the newest position included; views, not to be written to."""

@@ -25,6 +25,12 @@ class Head:
         """E @ directions: f32[V, r] for f32[d, r]."""
         return self.weight @ np.asarray(directions, np.float32)
 
+    def bend(self, before: np.ndarray) -> np.ndarray:
+        """g(before), f32[..., V], for ``before`` = E h + b."""
+        if self.softcap is None:
+            return before * np.float32(self.scale)
+        return np.float32(self.softcap) * np.tanh(before / np.float32(self.softcap))
+
     def delta(self, before: np.ndarray, shift: np.ndarray) -> np.ndarray:
         """g(before + shift) - g(before), f32[R, V]; ``before`` = E h + b is needed only where there is a soft cap."""
         if self.softcap is None:

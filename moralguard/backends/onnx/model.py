@@ -141,6 +141,28 @@ class OnnxLanguageModel:
         ports, device = self.runner.ports, self.runner.device
         return SharedCache(ports.slots, device) if ports.grouped else GrowingCache(ports.slots, device)
 
+    @cached_property
+    def _head_bias(self) -> np.ndarray:
+        """b of E h + b, f32[V]: what one token's logits hold beside E h."""
+        if self.head is None:
+            raise ModelError(f"the head of {self.path} isn't found, so the probabilities of given tokens can't be read. {HEAD_HINT}")
+        found = self.forward(cache=self.new_cache(), input_ids=np.zeros((1, 1), np.int64), hidden=True)
+        if found.hidden is None or found.head_logits is None:
+            raise ModelError(f"{self.path} gives no hidden states, so the probabilities of given tokens can't be read")
+        bias: np.ndarray = found.head_logits[0] - self.head.weight @ found.hidden[0]
+        return bias
+
+    def logits_of(self, states: np.ndarray) -> np.ndarray:
+        """f32[..., V] of last hidden states f32[..., d].
+
+        Raises:
+            ModelError: the head isn't found.
+        """
+        bias = self._head_bias
+        if self.head is None:
+            raise ModelError(f"the head of {self.path} isn't found. {HEAD_HINT}")
+        return self.head.bend(states @ self.head.weight.T + bias)
+
     def forward(
         self,
         *,
