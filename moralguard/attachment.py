@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls.base import BoundControl
+from moralguard.decoding.conditions import gates_of, reads_hidden
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import BoundGate
 from moralguard.errors import PromptError, UnsupportedPathError
@@ -89,8 +90,7 @@ def _guarded_generate(
     _refuse_uncovered(controls, gate, named, config)
     ids = _input_ids(named)
     temperature = config.temperature if config.do_sample and config.temperature else 1.0
-    hidden = any(control.settings.needs.hidden for control in controls) or (gate is not None and gate.needs.hidden)
-    with lm.capture() if hidden else nullcontext() as captured:
+    with lm.capture() if reads_hidden(gate, controls) else nullcontext() as captured:
         processor = GuardLogitsProcessor(
             lm,
             controls,
@@ -129,7 +129,7 @@ def _refuse_uncovered(controls: Sequence[BoundControl], gate: BoundGate | None, 
             raise UnsupportedPathError("past_key_values holds text that input_ids lacks; pass the ids of the whole text")
     _check_room(controls, config, ids)
     stateful = [f"control {c.name!r}" for c in controls if c.settings.needs.hidden or c.settings.needs.cache or c.settings.needs.grad]
-    if gate is not None and gate.needs.hidden:
+    if any(each.needs.hidden for each in gates_of(gate, controls)):
         stateful.append("the gate")
     if not stateful:
         return
@@ -153,9 +153,9 @@ def _check_room(controls: Sequence[BoundControl], config: Any, ids: torch.Tensor
     for control in controls:
         for item in control.passes:
             limit = item.lm.context_length
-            if limit is not None and item.prefix and len(item.prefix) + ids.shape[1] + new - 1 > limit:
+            if limit is not None and item.prefix_length and item.prefix_length + ids.shape[1] + new - 1 > limit:
                 raise PromptError(
-                    f"control {control.name!r} reads the text behind a prefix of {len(item.prefix)} tokens: with {ids.shape[1]} of the "
+                    f"control {control.name!r} reads the text behind a prefix of {item.prefix_length} tokens: with {ids.shape[1]} of the "
                     f"prompt and {new} new ones that is more than the context of {item.lm.name} ({limit}); lower max_new_tokens or "
                     "shorten the prompt"
                 )

@@ -16,6 +16,7 @@ import numpy as np
 from moralguard.backends.arrays import kind_of
 from moralguard.backends.prompts import PromptLike, as_batch, encode_continuation, encode_prompt, is_single
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import check_conflicts
 from moralguard.decoding.counters import Counters
 from moralguard.decoding.gate import BoundGate, Gate
 from moralguard.decoding.given import Given, score_given
@@ -23,15 +24,21 @@ from moralguard.decoding.loop import LoopContext, decode
 from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import Completion, GenerationResult
 from moralguard.decoding.settings import DecodingSettings
+from moralguard.decoding.when import When
 from moralguard.errors import ControlError, ModelError, PolicyError, PromptError, UnsupportedPathError
 from moralguard.models import load_model
 from moralguard.policy import Policy
+from moralguard.review.base import ReviewMethod
+from moralguard.review.registry import in_order
 from moralguard.text_stream import TextStream
 
 if TYPE_CHECKING:
     from moralguard.backends.hf import LanguageModel
+    from moralguard.discriminator.base import BaseDiscriminator
+    from moralguard.discriminator.review_judge import ReviewJudge
     from moralguard.numpy_processor import NumpyLogitsProcessor
     from moralguard.processor import GuardLogitsProcessor
+    from moralguard.review.desk import LoopDesk
 
 
 class Guard:
@@ -41,6 +48,7 @@ class Guard:
         policy: a Policy, a built-in name, the path of a YAML or JSON file, or a dict.
         model: what ``load_model`` returns or takes: a causal LM, (model, tokenizer), a folder, a GGUF or ONNX file, an id. The
             tokenizer may be None where prompts are token ids and no control needs text.
+        discriminator: judges what the policy's ``review`` asks about, such as one that was adapted; the shipped one where none is given.
 
     Attributes:
         policy: the policy as given.
@@ -48,6 +56,7 @@ class Guard:
         fitted: the model's name in the policy's ``fitted`` entry whose controls and gate act; None where the general ones do.
         gate: when the controls act on this model; None is always.
         controls: the bound controls that act (strength not 0).
+        review: the review methods that act, in the order in which they run.
         counters: what was emitted, guarded and passed over since the guard was built.
 
     Raises:
@@ -55,8 +64,9 @@ class Guard:
         ModelError: a model can't be loaded or guarded.
     """
 
-    def __init__(self, policy: Policy | str | Path | dict[str, Any], model: Any):
+    def __init__(self, policy: Policy | str | Path | dict[str, Any], model: Any, *, discriminator: BaseDiscriminator | None = None):
         self.policy = Policy.load(policy)
+        self._discriminator = discriminator
         self.lm: LanguageModel = load_model(model)
         if getattr(getattr(self.lm, "model", None), "training", False):
             warnings.warn(f"{self.lm.name} is in training mode: its dropout makes every pass differ; call model.eval() first", stacklevel=2)
@@ -68,6 +78,13 @@ class Guard:
         self.controls: tuple[BoundControl, ...] = tuple(
             bind_control(control, self.lm, acting) for control in acting.effective_controls() if control.active
         )
+        check_conflicts(acting.name, self.controls)
+        self.review: tuple[ReviewMethod, ...] = tuple(method for method in in_order(self.policy.review) if method.active)
+        if self.review and self.lm.tokenizer is None:
+            raise PolicyError(
+                f"policy {self.policy.name!r} reviews texts, but {self.lm.name} was given without a tokenizer; pass (model, tokenizer), or "
+                "use policy.replaced(review=())"
+            )
 
     def __repr__(self) -> str:
         names = ", ".join(control.name for control in self.controls) or "no control"
@@ -101,7 +118,8 @@ class Guard:
         seed = _seed(seed)
         context = self._context(decoding, seed, trace)
         for start in range(0, len(requests), decoding.batch_size):
-            for _ in decode(context, requests[start : start + decoding.batch_size]):
+            chunk = requests[start : start + decoding.batch_size]
+            for _ in self._desk(context).review(chunk) if self.review else decode(context, chunk):
                 pass
             if progress is not None:
                 progress(min(start + decoding.batch_size, len(requests)), len(requests))
@@ -158,6 +176,9 @@ class Guard:
     def stream(self, prompt: PromptLike, *, seed: int | None = None, **settings: Any) -> Iterator[str]:
         """Pieces of one continuation's text as they come; joined, they are the text that ``generate`` gives.
 
+        Under a policy with ``review`` no piece is yielded that could still be taken back: ``rollback`` holds back ``max_rollback`` tokens,
+        every other method the whole text. Where ``rollback`` refuses, its refusal stands in a paragraph of its own behind what was yielded.
+
         Raises:
             PromptError, ControlError: as ``generate``; the pieces yielded until then stand.
         """
@@ -171,11 +192,15 @@ class Guard:
         return self._pieces(context, requests[0])
 
     def _pieces(self, context: LoopContext, request: Completion) -> Iterator[str]:
-        text = TextStream(self.lm.tokenizer)
-        for _, token in decode(context, [request]):
-            if piece := text.push(token):
+        text, told = TextStream(self.lm.tokenizer), False
+        whole = any(method.whole_text for method in self.review)
+        for _, token in self._desk(context).review([request]) if self.review else decode(context, [request]):
+            if not whole and (piece := text.push(token)):
                 yield piece
-        if piece := text.flush():
+                told = True
+        if request.text is not None:  # a refusal, or a revision
+            yield ("\n\n" if told else "") + request.text
+        elif piece := self.lm.tokenizer.decode(request.token_ids, skip_special_tokens=True) if whole else text.flush():
             yield piece
         if request.error is not None:
             raise self._control_error(request, self._result([request], context.seed, False)) from request.cause
@@ -197,8 +222,10 @@ class Guard:
                 without it; elsewhere left padding is told by leading pad tokens.
 
         Raises:
-            UnsupportedPathError: a control needs hidden states or gradients, which transformers doesn't hand to processors; use ``attach``.
+            UnsupportedPathError: a control needs hidden states or gradients, which transformers doesn't hand to processors (use
+                ``attach``), or the policy has ``review``.
         """
+        self.refuse_review("a logits processor")
         torch_model = kind_of(self.lm) == "torch"
         instead = "`with guard.attach(model): model.generate(...)` or guard.generate(...)" if torch_model else "guard.generate(...)"
         for control in self.controls:
@@ -228,8 +255,9 @@ class Guard:
 
         Raises:
             UnsupportedPathError: another model, one that is already attached, one that isn't transformers', or a way of generating that
-                the guard can't cover.
+                the guard can't cover; a policy with ``review``.
         """
+        self.refuse_review("attach")
         if kind_of(self.lm) != "torch":
             raise UnsupportedPathError(
                 f"attach guards a transformers model's own generate, and {self.lm.name} runs on ONNX Runtime; use guard.generate(...)"
@@ -237,6 +265,35 @@ class Guard:
         from moralguard.attachment import attach
 
         return attach(self.lm, self.controls, self.gate, self._open, self.counters, model)
+
+    def refuse_review(self, path: str) -> None:
+        """For paths that see tokens and no whole texts.
+
+        Args:
+            path: how the message names it.
+
+        Raises:
+            UnsupportedPathError: the policy has review methods that act.
+        """
+        if self.review:
+            names = ", ".join(method.versioned_name() for method in self.review)
+            raise UnsupportedPathError(
+                f"policy {self.policy.name!r} reviews whole texts ({names}), which {path} never sees; use guard.generate(...), "
+                "`moralguard serve`, or a guard of policy.replaced(review=()), which leaves the review out"
+            )
+
+    @property
+    def review_judge(self) -> ReviewJudge:
+        """What the review methods ask for P(v|y)."""
+        from moralguard.discriminator.review_judge import ReviewJudge
+
+        return ReviewJudge(self.policy.values, self._discriminator, onnx=kind_of(self.lm) == "numpy")
+
+    def _desk(self, context: LoopContext) -> LoopDesk:
+        from moralguard.review.desk import LoopDesk
+
+        statements = {value.id: value.statement for value in self.policy.values}
+        return LoopDesk(self.lm, statements, self.review_judge, context.settings, self.review, context=context)
 
     @property
     def _open(self) -> bool:
@@ -253,7 +310,8 @@ class Guard:
         passes = [item for control in self.controls for item in control.passes]
         for ids, place in zip(encoded, places, strict=True):
             check_passes_fit(passes, ids, place)
-        return [Completion(ids, index) for ids in encoded for index in range(decoding.num_return_sequences)]
+        number = range(decoding.num_return_sequences)
+        return [Completion(ids, index, source=prompt) for ids, prompt in zip(encoded, batch, strict=True) for index in number]
 
     def _control_error(self, failed: Completion, result: GenerationResult) -> ControlError:
         return ControlError(
@@ -279,7 +337,10 @@ class Guard:
 
     def _result(self, requests: Sequence[Completion], seed: int, trace: bool) -> GenerationResult:
         tokenizer = self.lm.tokenizer
-        texts = ["" if tokenizer is None else tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in requests]
+        texts = [
+            r.text if r.text is not None else "" if tokenizer is None else tokenizer.decode(r.token_ids, skip_special_tokens=True)
+            for r in requests
+        ]
 
         def score() -> np.ndarray:
             if tokenizer is None:
@@ -300,6 +361,7 @@ class Guard:
             traces=[r.trace for r in requests] if trace else None,
             seed=seed,
             _score=score,
+            reviews=[r.review for r in requests if r.review is not None] if self.review else None,
         )
 
 
@@ -317,6 +379,11 @@ def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundCo
     Raises:
         PolicyError: a capability is missing, or the settings don't fit.
     """
+    if control.when is not None and (missing := lm.missing(control.when.needs)):
+        raise PolicyError(
+            f"`when` of control {control.versioned_name()} of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} doesn't "
+            "offer; use one without risk"
+        )
     missing = lm.missing(control.needs)
     if missing:
         raise PolicyError(
@@ -337,6 +404,10 @@ def bind_gate(gate: Gate, lm: LanguageModel, policy: Policy) -> BoundGate:
     Raises:
         PolicyError: a capability is missing. ModelError: a pack of another model.
     """
+    if isinstance(gate, When):
+        raise PolicyError(
+            f"policy {policy.name!r} has a When as its gate; language and role are conditions of a control: give them as its `when`"
+        )
     missing = lm.missing(gate.needs)
     if missing:
         raise PolicyError(

@@ -30,13 +30,15 @@ FORMAT = 1
 CARD = "card.json"
 PREFIX = "pack:"
 
-PackKind = Literal["lora-expert", "prefix-head", "attribute-head", "subspace"]
+PackKind = Literal["lora-expert", "prefix", "prefix-head", "attribute-head", "subspace", "steering-vectors"]
 
 FILES: dict[str, tuple[str, ...]] = {
     "lora-expert": ("adapter_config.json", "adapter_model.safetensors"),
+    "prefix": ("prefix.safetensors",),
     "prefix-head": ("head.safetensors",),
     "attribute-head": ("head.safetensors",),
     "subspace": ("basis.safetensors",),
+    "steering-vectors": ("vectors.safetensors",),
 }
 """What a pack of each kind holds at least, beside its card."""
 
@@ -78,11 +80,12 @@ class PackCard(StrictModel):
 
     Attributes:
         format: of the folder and the card.
-        kind: what the folder holds: ``lora-expert`` (peft's adapter_config.json and adapter_model.safetensors), ``prefix-head``
-            (head.safetensors, a ``FactoredHead``), ``attribute-head`` (head.safetensors with weight f[classes, d] and bias
-            f[classes]; ``settings["target"]`` is the class that is sought; ``layer`` and ``pooling`` there are those of the states it
+        kind: what the folder holds: ``lora-expert`` (peft's adapter_config.json and adapter_model.safetensors), ``prefix``
+            (prefix.safetensors with one of tokens i64[n]; embeddings f[n, d]; keys.i and values.i f[heads, n, head_dim] for each layer
+            i), ``prefix-head`` (head.safetensors, a ``FactoredHead``), ``attribute-head`` (head.safetensors with weight f[classes, d] and
+            bias f[classes]; ``settings["target"]`` is the class that is sought; ``layer`` and ``pooling`` there are those of the states it
             reads, -1 and "mean" where not told), ``subspace`` (basis.safetensors with basis f[d, r], or
-            U_in, U_out and mu; optionally direction f[d]).
+            U_in, U_out and mu; optionally direction f[d]), ``steering-vectors`` (vectors.safetensors with layer.N f[d], N the layer).
         method: how it was fitted.
         values: statements of the values it stands for.
         base: the model it fits. data: what it was fitted on. settings: how. metrics: what was measured.

@@ -17,6 +17,8 @@ from moralguard.controls.base import Control
 from moralguard.controls.registry import control_class, control_names, read_control, write_control
 from moralguard.decoding.gate import Gate
 from moralguard.errors import PolicyError
+from moralguard.review.base import ReviewMethod
+from moralguard.review.registry import in_order, method_class, method_names, read_method, write_method
 from moralguard.schema import StrictModel, nearest
 from moralguard.values import Value
 
@@ -30,6 +32,13 @@ AnyControl = Annotated[
     BeforeValidator(read_control),
     PlainSerializer(write_control),
     WithJsonSchema({"type": "object", "properties": {"control": {"type": "string"}}, "required": ["control"]}),
+]
+
+AnyMethod = Annotated[
+    SkipValidation[ReviewMethod],
+    BeforeValidator(read_method),
+    PlainSerializer(write_method),
+    WithJsonSchema({"type": "object", "properties": {"method": {"type": "string"}}, "required": ["method"]}),
 ]
 
 
@@ -72,6 +81,7 @@ class Policy(StrictModel):
         decoding: defaults of ``guard.generate``.
         gate: when the controls act; always, without one.
         fitted: controls for single models, made of packs fitted on them; where none is for the model at hand, ``controls`` act.
+        review: what happens to whole texts; one of each method, in any order.
     """
 
     name: str = "custom"
@@ -82,6 +92,7 @@ class Policy(StrictModel):
     decoding: DecodingDefaults = DecodingDefaults()
     gate: Gate | None = None
     fitted: tuple[FittedControls, ...] = ()
+    review: tuple[AnyMethod, ...] = ()
 
     @field_validator("values", mode="before")
     @classmethod
@@ -108,6 +119,12 @@ class Policy(StrictModel):
                         f"policy {self.name!r} has several fitted entries with fingerprint {entry.fingerprint}; keep one a model, or one a "
                         "runtime (torch, onnx)"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _reviews_fit(self) -> Policy:
+        if any(method.active for method in in_order(self.review)) and not self.values:
+            raise PolicyError(f"policy {self.name!r} reviews texts, which are judged by its values, and has none; name at least one")
         return self
 
     @classmethod
@@ -193,13 +210,15 @@ class Policy(StrictModel):
         Raises:
             PolicyError: a control holds a tensor, a model or a function.
         """
-        data = self.model_dump(mode="json", exclude_none=True, exclude={"controls", "fitted", "gate"})
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"controls", "fitted", "gate", "review"})
         if self.gate is not None:
             data["gate"] = _write_gate(self.gate)
         if self.controls is not None:
             data["controls"] = [write_control(control) for control in self.controls]
         if self.fitted:
             data["fitted"] = [_write_fitted(entry) for entry in self.fitted]
+        if self.review:
+            data["review"] = [write_method(method) for method in self.review]
         return {key: value for key, value in data.items() if value not in ("", {}, []) or key == "controls"}
 
     def as_yaml(self) -> str:
@@ -264,18 +283,22 @@ def policy_schema() -> dict[str, Any]:
     """JSON schema of a policy file, the settings of every known control included."""
     schema = Policy.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    options = []
-    for name in sorted(control_names()):
-        found = control_class(name)
-        settings = found.model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(settings.pop("$defs", {}))
-        settings["properties"] = {"control": {"enum": [found.versioned_name(), name]}} | settings.get("properties", {})
-        settings["required"] = ["control", *settings.get("required", [])]
-        definitions[found.__name__] = settings
-        options.append({"$ref": f"#/$defs/{found.__name__}"})
+    options = [_described(definitions, "control", name, control_class(name)) for name in sorted(control_names())]
+    methods = [_described(definitions, "method", name, method_class(name)) for name in method_names()]
     values = schema["properties"]["values"]
     values["items"] = {"anyOf": [values["items"], {"type": "string", "minLength": 3}]}  # a statement alone is a value
     controls = {"type": "array", "items": {"oneOf": options}}
     schema["properties"]["controls"] = {"anyOf": [controls, {"type": "null"}]}
     definitions["FittedControls"]["properties"]["controls"] = controls
+    schema["properties"]["review"]["items"] = {"oneOf": methods}
     return schema
+
+
+def _described(definitions: dict[str, Any], key: str, name: str, found: type[Control] | type[ReviewMethod]) -> dict[str, str]:
+    """The settings of a control or a review method as a definition, and a reference to it."""
+    settings = found.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(settings.pop("$defs", {}))
+    settings["properties"] = {key: {"enum": [found.versioned_name(), name]}} | settings.get("properties", {})
+    settings["required"] = [key, *settings.get("required", [])]
+    definitions[found.__name__] = settings
+    return {"$ref": f"#/$defs/{found.__name__}"}

@@ -152,8 +152,8 @@ class StepProcessor(ABC):
         empty = next((i for i, prompt in enumerate(prompts) if not prompt), None)
         if empty is not None:
             raise PromptError(f"row {empty} of input_ids holds nothing but padding; give at least one token")
-        given = self._given_hidden
-        self._session = Session(self._lm, self._controls, prompts, own_base=False, gate=self._gate, given_hidden=given)
+        given, asked = self._given_hidden, unpadded(ids[:, : self._prompt_width])
+        self._session = Session(self._lm, self._controls, prompts, own_base=False, gate=self._gate, given_hidden=given, asked=asked)
         self._ids = ids
         return self._session
 
@@ -184,7 +184,8 @@ class StepProcessor(ABC):
         if bool(emptied.any()):
             if not self._open:
                 self._counters.add(failed_closed=int(emptied.sum()))
-                raise ControlError("the controls together removed every token; loosen a filter or a strength", "rectification")
+                row = arrays.flat_nonzero(emptied).tolist()[0]
+                raise ControlError(f"in row {row}, {outcome.why_emptied(row)}", "rectification")
             self._counters.add(failed_open=int(emptied.sum()))
             logits = arrays.where(emptied[:, None], outcome.base, logits)
         self._handle(outcome.failures)

@@ -139,7 +139,8 @@ class _Check:
     def frozen(self) -> None:
         if not type(self.control).model_config.get("frozen"):
             self.fail("its settings aren't frozen: a guard is shared by threads; don't override model_config['frozen']")
-        for name in type(self.control).model_fields:
+        # the control's own settings first, those of every control behind them
+        for name in sorted(type(self.control).model_fields, key=lambda name: name in Control.model_fields):
             try:
                 setattr(self.control, name, getattr(self.control, name))
             except (ValueError, TypeError, AttributeError):

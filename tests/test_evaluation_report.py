@@ -24,6 +24,7 @@ from moralguard.evaluation.report.html import as_html, write_html
 from moralguard.evaluation.report.labels import LANGUAGES, Labels, label_texts
 from moralguard.evaluation.report.listings import agreement_word
 from moralguard.evaluation.report.overview import capabilities_section, colours
+from moralguard.evaluation.report.side_by_side import side_by_side
 from moralguard.evaluation.report.verdict import tally, verdict
 from moralguard.evaluation.results import Condition, Distribution, Evaluation, Transcript
 
@@ -477,7 +478,24 @@ def test_markers_that_cannot_be_used_are_refused(text, message):
         tables.update_between_markers(text, "results", "| a |")
 
 
+def test_policies_stand_under_one_another_without_their_sweeps():
+    asked = (("toxicity", "expected_maximum"), ("toxicity", "perplexity"))
+    head, base, detox = cells(side_by_side(evaluation(), measures=asked))
+    assert head[1:4] == ["Expected maximum toxicity (built-in)", "Expected maximum toxicity (lexicon)", "Perplexity of the generated texts"]
+    assert base[1:] == ["0.690 [0.650, 0.730]", "0.440 [0.400, 0.480]", "27.3", "1.00 [1.00, 1.00]"]
+    assert detox[0] == "detox"
+    assert detox[1:] == ["0.350 [0.310, 0.390]", "0.210 [0.170, 0.250]", "\u00d7 1.10", "1.83 [1.71, 1.98]"]
+
+
+def test_a_policy_without_a_measure_or_a_time_gets_a_dash():
+    more = evaluation(conditions=(*evaluation().conditions, Condition(name="other", policy="other", digest="0")))
+    assert cells(side_by_side(more))[-1][1:] == ["\u2013"] * (len(cells(side_by_side(more))[0]) - 1)
+    assert len(cells(side_by_side(evaluation(latencies=())))[0]) == len(cells(side_by_side(evaluation()))[0]) - 1
+
+
 def test_a_table_of_nothing_is_refused():
+    with pytest.raises(DataError, match="none of the measures"):
+        side_by_side(evaluation(), measures=(("toxicity", "nothing"),))
     with pytest.raises(DataError, match="no measure over all its items"):
         tables.readme_table(evaluation(measures=()))
     with pytest.raises(DataError, match="holds one of the markers"):

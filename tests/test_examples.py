@@ -111,23 +111,23 @@ def tokens(policy):
 
 empty = mg.Policy()
 free = tokens(empty)
-policy = mg.Policy.load({"controls": [{"control": "word-list@1", "discouraged": free, "bias": -1000}]})
+policy = mg.Policy.load({"controls": [{"control": "discouraged-words@1", "discouraged": free, "bias": -1000}]})
 print(json.dumps({"module": type(policy.controls[0]).__module__, "free": free, "kept": tokens(policy), "yaml": policy.as_yaml()}))
 """
 
 
 def test_a_policy_names_the_control_of_an_installed_package(installed: Path) -> None:
     found = json.loads(run(["-c", LOAD], PYTHONPATH=str(installed)))
-    assert found["module"] == "moralguard_word_list"
-    assert "control: word-list@1" in found["yaml"]
+    assert found["module"] == "moralguard_discouraged_words"
+    assert "control: discouraged-words@1" in found["yaml"]
     assert not set(found["free"]) & set(found["kept"])
 
 
 def test_without_the_package_the_control_is_unknown() -> None:
-    if "word-list" in control_names():
+    if "discouraged-words" in control_names():
         pytest.skip("the example package is installed in this environment")
-    with pytest.raises(PolicyError, match="there is no control 'word-list'"):
-        Policy.load({"controls": [{"control": "word-list@1", "discouraged": [1]}]})
+    with pytest.raises(PolicyError, match="there is no control 'discouraged-words'"):
+        Policy.load({"controls": [{"control": "discouraged-words@1", "discouraged": [1]}]})
 
 
 def test_the_packages_own_tests_pass(installed: Path, tmp_path: Path) -> None:

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
+from word_model import rows, texts, word_model
 
 import moralguard as mg
 from moralguard.backends.hf import LanguageModel
@@ -22,7 +20,6 @@ from moralguard.controls import DExperts
 from moralguard.errors import DataError, ModelError
 from moralguard.fitting.expert_packs import fit_expert_packs
 from moralguard.fitting.experts import ExpertSettings, fit_expert
-from moralguard.fitting.labelled import LabelledTexts, checked
 from moralguard.packs import PackData, read_pack
 
 SETTINGS = ExpertSettings(rank=4, alpha=8, steps=40, batch_size=8, learning_rate=2e-2, bfloat16=False, checkpoint_every=15)
@@ -30,22 +27,7 @@ SETTINGS = ExpertSettings(rank=4, alpha=8, steps=40, batch_size=8, learning_rate
 
 @pytest.fixture
 def lm() -> LanguageModel:
-    words = ["<unk>", "<s>", *(f"w{i}" for i in range(120))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return LanguageModel(llama(), PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>"))
-
-
-def texts(label: int, count: int, seed: int = 0) -> list[str]:
-    """Class 1 writes with the words 0 to 59, class 0 with 60 to 119."""
-    generator = np.random.default_rng([seed, label])
-    return [" ".join(f"w{w}" for w in generator.integers(0, 60, 9) + (0 if label else 60)) for _ in range(count)]
-
-
-def rows(count: int = 500) -> LabelledTexts:
-    splits = ["train", "train", "train", "dev", "test"]
-    found = [(text, label, splits[i % 5]) for label in (0, 1) for i, text in enumerate(texts(label, count))]
-    return checked(found, ("0", "1"))
+    return word_model()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from oracles import TOLERANCE, Reference, check_greedy, distance, run_attached
 import moralguard as mg
 from moralguard.controls import DExperts, Fudge, NullspaceProjection, SelfDebias
 from moralguard.controls.experts import Prompt
+from moralguard.errors import PolicyError
 
 VOCAB, HIDDEN = tiny_models.VOCAB, tiny_models.HIDDEN
 PROMPTS = [[5, 9, 20, 7, 33]]
@@ -118,6 +119,13 @@ class TestAdaptive:
             for keep in (0.0, 1.0)
         ]
         assert torch.equal(runs[0].scores, runs[1].scores)
+
+    def test_a_request_can_switch_it_off_but_not_scale_it(self, direction):
+        control = NullspaceProjection(basis=directions(6), adaptive=True, direction=direction)
+        assert not control.scaled(0).active
+        assert control.scaled(1) is control
+        with pytest.raises(PolicyError, match=r"strength 0\.5 means nothing"):
+            control.scaled(0.5)
 
     def test_unit_length_of_the_tokens_matters(self, family, direction):
         """The negative control of ||e_v||: a rule without it disagrees."""

@@ -239,7 +239,7 @@ def test_a_batch_that_never_ends_does_not_grow(guards: list[mg.Guard]) -> None:
     longest = max(map(len, TEXTS)) + 3
     for batch in stack.slots._batches:
         assert batch.session.history.shape[1] <= longest
-        assert batch.session._log_odds.shape[1] <= 3
+        assert all(memory.log_odds.shape[1] <= 3 for memory in batch.session.conditions.memories)
         assert all(group.mask.shape[1] <= longest for group in batch.session.table.groups)
 
 

@@ -16,6 +16,7 @@ class Capabilities:
         history: the token ids so far.
         auxiliary: extra forward passes on the model's own weights.
         per_request: different weights for each row of a batch.
+        edits: the outputs of its modules can be edited, row by row.
     """
 
     hidden: bool = False
@@ -24,6 +25,7 @@ class Capabilities:
     history: bool = False
     auxiliary: bool = False
     per_request: bool = False
+    edits: bool = False
 
     def missing_from(self, offered: Capabilities) -> list[str]:
         """Names of the capabilities that this asks for and ``offered`` lacks."""

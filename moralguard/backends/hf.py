@@ -113,7 +113,7 @@ class LanguageModel:
         plain = is_plain(self.model.config.get_text_config())
         # the head is looked for (a short forward pass) only where it is asked for
         hidden = needs.hidden and self.head is not None
-        offered = Capabilities(hidden=hidden, grad=plain, cache=plain, history=True, auxiliary=True, per_request=True)
+        offered = Capabilities(hidden=hidden, grad=plain, cache=plain, history=True, auxiliary=True, per_request=True, edits=True)
         return needs.missing_from(offered)
 
     @cached_property

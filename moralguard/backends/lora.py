@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,7 @@ from moralguard.errors import ModelError
 _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "rank_pattern", "alpha_pattern")
 
 
+RiderT = TypeVar("RiderT")
 AdaptedModule = tuple[torch.nn.Module, torch.Tensor, torch.Tensor, float]
 
 
@@ -91,7 +92,7 @@ def load_adapter(path: str | Path, lm: LanguageModel) -> LoraAdapter:
 def apply_adapters(rows: Sequence[LoraAdapter | None]) -> Iterator[None]:
     """Inside, row i of this thread's forward passes goes through adapter rows[i]; outside, the model is as before."""
     plans: dict[torch.nn.Module, list[tuple[slice, AdaptedModule]]] = {}
-    for span, adapter in _spans(rows):
+    for span, adapter in row_spans(rows):
         for adapted in adapter.weights:
             plans.setdefault(adapted[0], []).append((span, adapted))
     owner, handles = threading.get_ident(), []
@@ -116,14 +117,14 @@ def apply_adapters(rows: Sequence[LoraAdapter | None]) -> Iterator[None]:
             handle.remove()
 
 
-def _spans(rows: Sequence[LoraAdapter | None]) -> list[tuple[slice, LoraAdapter]]:
-    """Runs of neighbouring rows with the same adapter."""
-    spans: list[tuple[slice, LoraAdapter]] = []
-    for i, adapter in enumerate(rows):
-        if adapter is None:
+def row_spans(rows: Sequence[RiderT | None]) -> list[tuple[slice, RiderT]]:
+    """Runs of neighbouring rows with the same adapter, or whatever else rides some rows of a forward."""
+    spans: list[tuple[slice, RiderT]] = []
+    for i, rider in enumerate(rows):
+        if rider is None:
             continue
-        if spans and spans[-1][1] is adapter and spans[-1][0].stop == i:
-            spans[-1] = (slice(spans[-1][0].start, i + 1), adapter)
+        if spans and spans[-1][1] is rider and spans[-1][0].stop == i:
+            spans[-1] = (slice(spans[-1][0].start, i + 1), rider)
         else:
-            spans.append((slice(i, i + 1), adapter))
+            spans.append((slice(i, i + 1), rider))
     return spans

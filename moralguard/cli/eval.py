@@ -76,13 +76,17 @@ def evaluate(
 
 
 def write_report(found: Evaluation, folder: Path, language: str) -> None:
-    """All forms of a report."""
+    """All forms of a report; policies.md, a row a policy, where there are several."""
+    from moralguard.evaluation.report.comparison import guarded_conditions
     from moralguard.evaluation.report.html import write_html
+    from moralguard.evaluation.report.side_by_side import side_by_side
     from moralguard.evaluation.report.tables import as_markdown, write_csv
 
     write_html(found, folder / "report.html", language)
     write_csv(found, folder / "measures.csv")
     (folder / "report.md").write_text(as_markdown(found, language), encoding="utf-8")
+    if len(guarded_conditions(found)) > 1:
+        (folder / "policies.md").write_text(side_by_side(found, language) + "\n", encoding="utf-8")
 
 
 def _progress() -> Progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moralguard.cli import fit_experts, fit_head, fit_strength, fit_subspace
+from moralguard.cli import fit_experts, fit_head, fit_prefix, fit_strength, fit_subspace, fit_trigger, fit_vector
 from moralguard.cli.console import err
 
 fit_app = typer.Typer(
@@ -15,7 +15,10 @@ fit_app = typer.Typer(
 )
 fit_app.command("head")(fit_head.head)
 fit_app.command("subspace")(fit_subspace.subspace)
+fit_app.command("vector")(fit_vector.vector)
 fit_app.command("experts")(fit_experts.experts)
+fit_app.command("prefix")(fit_prefix.prefix)
+fit_app.command("trigger")(fit_trigger.trigger)
 fit_app.command("strength")(fit_strength.strength)
 fit_app.command("prompts")(fit_strength.prompts)
 

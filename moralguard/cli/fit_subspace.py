@@ -37,6 +37,7 @@ def subspace(
     value: Annotated[list[str] | None, typer.Option(help="Statement of a value that the subspace stands for; may be repeated.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
+    layer: Annotated[int, typer.Option(help="States behind so many layers, for layer-projection; -1 are the head's, for nullspace.")] = -1,
     mlp: Annotated[bool, typer.Option("--mlp", help="Probe with a network too.")] = False,
 ) -> None:
     """Fit the directions of a concept in a model's last hidden state, probe them, and write them as a pack."""
@@ -49,7 +50,7 @@ def subspace(
         raise DataError(f"{folder} is there and not an empty folder; name a new one, or remove it")
     texts, data = _texts(concept, rows, licence, seed)
     lm = load_model(model, dtype=dtype)
-    words = counterpart_tokens(lm, concept) if concept and method is Method.directions else None
+    words = counterpart_tokens(lm, concept) if concept and method is Method.directions and layer == -1 else None
     with err.status("reading states and fitting"):
         fitted = fit_subspace(
             lm,
@@ -62,8 +63,10 @@ def subspace(
             seed=seed,
             max_tokens=max_tokens,
             mlp=mlp,
+            layer=layer,
         )
     fitted.save(folder)
+    states = "the last hidden state" if layer == -1 else f"the states of layer {layer}"
     about = concept or f"the labels of {data.name}"
     write_pack(
         folder,
@@ -74,11 +77,12 @@ def subspace(
         data=(data,),
         settings=fitted.settings,
         metrics=fitted.metrics,
-        description=f"{fitted.subspace.rank} directions of {about} ({', '.join(texts.classes)}) in the last hidden state",
+        description=f"{fitted.subspace.rank} directions of {about} ({', '.join(texts.classes)}) in {states}",
         values=tuple(value or ()),
     )
     _show(fitted.metrics)
-    err.print(f"written to {folder}; use it with NullspaceProjection(basis={str(folder)!r})", markup=False)
+    use = "NullspaceProjection(" if layer == -1 else f"LayerProjection(modules=({layer},), "
+    err.print(f"written to {folder}; use it with {use}basis={str(folder)!r})", markup=False)
 
 
 def _texts(concept: str | None, rows: Path | None, licence: str, seed: int) -> tuple[LabelledTexts, PackData]:

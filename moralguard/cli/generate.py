@@ -14,7 +14,7 @@ from moralguard.cli.console import DtypeOption, ModelOption, err, out
 from moralguard.errors import PolicyError
 
 if TYPE_CHECKING:
-    from moralguard.decoding.records import GenerationResult
+    from moralguard.decoding.records import GenerationResult, ReviewRecord
     from moralguard.guard import Guard
     from moralguard.policy import Policy
 
@@ -78,8 +78,12 @@ def generate(
     elif unguarded is not None and result.traces is not None:
         from moralguard.trace.terminal import comparison
 
-        for text, before, records in zip(shown, unguarded.texts, result.traces, strict=True):
-            out.print(comparison(text + ("\n" if chat else ""), before, records, chosen.name))
+        for i, (text, before, records) in enumerate(zip(shown, unguarded.texts, result.traces, strict=True)):
+            review = None if result.reviews is None else result.reviews[i]
+            replaced = result.texts[i] if review is not None and (review.refused or review.revised) else None
+            out.print(comparison(text + ("\n" if chat else ""), before, records, chosen.name, replaced))
+            if review is not None:
+                out.print(_told(review), markup=False, soft_wrap=True)
     else:
         for text in result.texts:
             out.print(text, markup=False, soft_wrap=True)
@@ -157,5 +161,15 @@ def _choose_policy(policy: str | None, values: list[str]) -> Policy:
     return chosen.replaced(values=(*chosen.values, *Policy.from_values(*values).values))
 
 
+def _told(review: ReviewRecord) -> str:
+    """What a review did, in a line; no draft's text."""
+    scores = ", ".join(f"{value} {probability:.2f}" for value, probability in review.scores.items())
+    parts = [", ".join(review.methods), f"{len(review.drafts)} draft{'s' * (len(review.drafts) != 1)}"]
+    parts += [f"tokens taken back {review.rollbacks} times"] if review.rollbacks else []
+    parts += [f"P(value kept): {scores}"] if scores else []
+    parts += [f"refused by {review.refused_by}"] if review.refused else []
+    return "review: " + "; ".join([*parts, *review.notes])
+
+
 def _without_controls(policy: Policy) -> Policy:
-    return policy.replaced(name="unguarded", controls=(), fitted=())
+    return policy.replaced(name="unguarded", controls=(), fitted=(), review=())

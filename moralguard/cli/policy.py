@@ -50,6 +50,7 @@ def policy_check(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Which controls would run on a model, and why one wouldn't; exit code 1 where one can't."""
+    from moralguard.controls.conflicts import check_conflicts
     from moralguard.guard import bind_control, bind_gate
     from moralguard.models import load_model
     from moralguard.policy import Policy
@@ -60,6 +61,8 @@ def policy_check(
     entry, acting = loaded.fitted_for(lm), loaded.for_model(lm)
     table = Table("control", "runs", "why", box=None)
     failed = False
+    able = []
+    reviews = [method for method in loaded.review if method.active]
     for control in acting.effective_controls():
         name = control.versioned_name()
         if not control.active:
@@ -71,13 +74,26 @@ def policy_check(
             failed = True
             table.add_row(name, "[red]no[/]", str(error))
             continue
+        able.append(bound)
         passes = len({item.key for item in bound.passes})
         processor = (
-            "attach, generate"
+            "generate"
+            if reviews
+            else "attach, generate"
             if (control.needs.hidden and not control.own_states) or control.needs.grad
             else "logits_processor, attach, generate"
         )
         table.add_row(name, "[green]yes[/]", f"{passes} auxiliary pass{'' if passes == 1 else 'es'} a step; through {processor}")
+    try:
+        check_conflicts(acting.name, able)
+    except GuardError as error:
+        failed = True
+        table.add_row("all", "[red]no[/]", str(error))
+    for method in reviews:
+        failed = failed or lm.tokenizer is None
+        why = "judges whole texts; through generate, stream and `moralguard serve`"
+        row = ("[red]no[/]", f"{lm.name} has no tokenizer") if lm.tokenizer is None else ("[green]yes[/]", why)
+        table.add_row(method.versioned_name(), *row)
     if acting.gate is not None:
         try:
             bind_gate(acting.gate, lm, acting)
@@ -85,7 +101,7 @@ def policy_check(
         except GuardError as error:
             failed = True
             table.add_row("gate", "[red]no[/]", str(error))
-    if not acting.effective_controls():
+    if not acting.effective_controls() and not reviews:
         table.add_row("-", "no", "the policy names neither controls nor values: nothing would act")
     out.print(f"policy [bold]{loaded.name}[/] on [bold]{lm.name}[/] ({type(lm.model).__name__}), on_error: {loaded.on_error}")
     if loaded.fitted:

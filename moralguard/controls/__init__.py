@@ -18,8 +18,10 @@ _HOMES = {
     "moralguard.controls.fudge": ("Fudge",),
     "moralguard.controls.gedi": ("GeDi",),
     "moralguard.controls.guidance": ("Guidance",),
+    "moralguard.controls.layer_projection": ("LayerProjection",),
     "moralguard.controls.nullspace": ("NullspaceProjection",),
     "moralguard.controls.pplm": ("PPLM",),
+    "moralguard.controls.prefix": ("Prefix",),
     "moralguard.controls.proxy_tuning": ("ProxyTuning",),
     "moralguard.controls.rad": ("RAD",),
     "moralguard.controls.args": ("ARGS",),
@@ -28,8 +30,11 @@ _HOMES = {
     "moralguard.controls.sasa": ("SASA",),
     "moralguard.controls.safe_decoding": ("SafeDecoding",),
     "moralguard.controls.self_debias": ("SelfDebias",),
+    "moralguard.controls.steering": ("SteeringVectors",),
+    "moralguard.controls.uddia": ("UDDIA",),
     "moralguard.decoding.passes": ("Pass",),
     "moralguard.decoding.step": ("Columns", "Step"),
+    "moralguard.decoding.when": ("When",),
     "moralguard.decoding.terms": ("Attenuation", "Dense", "Keep", "LowRank", "Mix", "Only", "Sparse", "Terms"),
 }
 
@@ -48,17 +53,22 @@ if TYPE_CHECKING:  # names are re-exported lazily below
     from moralguard.controls.gedi import GeDi
     from moralguard.controls.guidance import Guidance
     from moralguard.controls.instruction import Instruction
+    from moralguard.controls.layer_projection import LayerProjection
     from moralguard.controls.nullspace import NullspaceProjection
     from moralguard.controls.pplm import PPLM
+    from moralguard.controls.prefix import Prefix
     from moralguard.controls.proxy_tuning import ProxyTuning
     from moralguard.controls.rad import RAD
     from moralguard.controls.safe_decoding import SafeDecoding
     from moralguard.controls.sasa import SASA
     from moralguard.controls.self_debias import SelfDebias
+    from moralguard.controls.steering import SteeringVectors
+    from moralguard.controls.uddia import UDDIA
     from moralguard.controls.word_list import WordList
     from moralguard.decoding.passes import Pass
     from moralguard.decoding.step import Columns, Step
     from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Terms
+    from moralguard.decoding.when import When
 
 
 def __getattr__(name: str) -> Any:

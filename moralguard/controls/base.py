@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from moralguard.backends.capabilities import Capabilities
+from moralguard.controls.conflicts import Thing, things
+from moralguard.controls.order import place_of
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Columns, Step
 from moralguard.decoding.terms import Terms
+from moralguard.decoding.when import When
 from moralguard.errors import PolicyError
 from moralguard.schema import StrictModel
 from moralguard.values import Value
@@ -33,11 +37,20 @@ class Control(StrictModel, ABC):
         control_name: the name in policies.
         version: grows when the meaning of saved settings changes.
         any_arrays: the bound control computes with ``step.arrays`` alone, so that it runs on models of NumPy arrays (ONNX), too.
+        sought, avoided: the settings that name an expert or a pack which the text is drawn to, or kept from.
+
+    Attributes:
+        when: when this control acts, beside the policy's gate; always, without one. It is the framework's: no control looks at it.
     """
 
     control_name: ClassVar[str]
     version: ClassVar[int] = 1
     any_arrays: ClassVar[bool] = False
+
+    sought: ClassVar[tuple[str, ...]] = ()
+    avoided: ClassVar[tuple[str, ...]] = ()
+
+    when: When | None = None
 
     @classmethod
     def versioned_name(cls) -> str:
@@ -60,6 +73,16 @@ class Control(StrictModel, ABC):
     def needs(self) -> Capabilities:
         """What it asks of the backend."""
         return Capabilities()
+
+    @property
+    def seeks(self) -> tuple[Thing, ...]:
+        """What the text is drawn to (``conflicts.things``). Controls of one policy conflict where one seeks what another avoids."""
+        return things("source", *(getattr(self, name) for name in self.sought))
+
+    @property
+    def avoids(self) -> tuple[Thing, ...]:
+        """What the text is kept from, as ``seeks``."""
+        return things("source", *(getattr(self, name) for name in self.avoided))
 
     @property
     def own_states(self) -> bool:
@@ -98,20 +121,38 @@ class BoundControl(ABC, Generic[SettingsT]):
         settings: the control's settings.
         lm: the base model.
         passes: the auxiliary passes that every request needs.
+        when: the settings' ``when`` for this model.
+
+    Raises:
+        PolicyError, ModelError: the model's prompts or states can't tell what ``when`` asks for.
     """
 
     def __init__(self, settings: SettingsT, lm: LanguageModel, passes: tuple[Pass, ...] = ()):
         self.settings = settings
         self.lm = lm
         self.passes = passes
+        self.when = None if settings.when is None else settings.when.bind(lm)
 
     @property
     def name(self) -> str:
         return self.settings.control_name
 
+    @cached_property
+    def place(self) -> tuple[str, str]:
+        """Where it stands in the canonical order of a policy's controls (``order.in_order``)."""
+        return place_of(self.settings)
+
     def columns(self, step: Step) -> Columns:
         """State of fresh requests at their first step, tensors [R, ...]; nothing by default."""
         return {}
+
+    @property
+    def allowed(self) -> frozenset[int] | None:
+        """The only token ids that this control ever lets through, whatever the text; None where that depends on the text.
+
+        A policy whose controls allow no token together is refused when the guard is built.
+        """
+        return None
 
     @abstractmethod
     def terms(self, step: Step) -> Terms:

@@ -37,6 +37,7 @@ class ContrastiveDecoding(Control):
 
     control_name: ClassVar[str] = "contrastive"
     any_arrays: ClassVar[bool] = True
+    avoided: ClassVar[tuple[str, ...]] = ("amateur",)
 
     amateur: ExpertSetting = None
     coef: Annotated[float, Field(ge=0)] = 1.0

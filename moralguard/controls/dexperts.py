@@ -8,12 +8,11 @@ from pydantic import Field, WithJsonSchema, field_validator
 
 from moralguard.backends.capabilities import Capabilities
 from moralguard.controls.base import BoundControl, Control
-from moralguard.controls.experts import Prompt, bind_expert, is_expert_pack
+from moralguard.controls.experts import Prompt, bind_expert, is_expert_pack, read_expert_pack
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Keep, Mix, Terms
 from moralguard.errors import PolicyError
-from moralguard.packs import read_pack
 from moralguard.values import Value
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ class DExperts(Control):
 
     control_name: ClassVar[str] = "dexperts"
     any_arrays: ClassVar[bool] = True
+    sought: ClassVar[tuple[str, ...]] = ("expert",)
+    avoided: ClassVar[tuple[str, ...]] = ("anti_expert",)
 
     expert: Expert = None
     anti_expert: Expert = None
@@ -63,7 +64,7 @@ class DExperts(Control):
     @classmethod
     def _read_expert(cls, expert: Any) -> Any:
         if is_expert_pack(expert):
-            read_pack(expert, "lora-expert")  # a broken pack is told here and not at the first use
+            read_expert_pack(expert)  # a broken pack is told here and not at the first use
         return Prompt(**expert) if isinstance(expert, dict) else expert
 
     @property

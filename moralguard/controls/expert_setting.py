@@ -7,13 +7,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from moralguard.controls.dexperts import Expert
-from moralguard.controls.experts import Prompt, is_expert_pack
-from moralguard.packs import read_pack
+from moralguard.controls.experts import Prompt, is_expert_pack, read_expert_pack
 
 
 def _read(expert: Any) -> Any:
     if is_expert_pack(expert):
-        read_pack(expert, "lora-expert")  # a broken pack is told here and not at the first use
+        read_expert_pack(expert)  # a broken pack is told here and not at the first use
     return Prompt(**expert) if isinstance(expert, dict) else expert
 
 

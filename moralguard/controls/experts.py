@@ -12,9 +12,10 @@ from moralguard.backends.arrays import is_language_model, kind_of, weights_of
 from moralguard.backends.lora_folder import is_adapter_folder
 from moralguard.backends.onnx.load import is_onnx_source
 from moralguard.backends.prompts import encode_words
+from moralguard.controls.prefix_pack import prefix_pass
 from moralguard.decoding.passes import Pass
 from moralguard.errors import ModelError, PolicyError
-from moralguard.packs import PREFIX, is_pack, read_pack
+from moralguard.packs import PREFIX, Pack, is_pack, read_pack
 from moralguard.schema import StrictModel
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
     """The pass of an expert.
 
     Args:
-        expert: a ``Prompt``, a model, (model, tokenizer), a pack (folder or ``pack:NAME``), a LoRA adapter folder, a local folder,
-            GGUF or ONNX file, or hub id.
+        expert: a ``Prompt``, a model, (model, tokenizer), a pack (folder or ``pack:NAME``; of a LoRA adapter or a prefix), a LoRA adapter
+            folder, a local folder, GGUF or ONNX file, or hub id.
 
     Raises:
         ModelError: it can't be loaded, is a pack of another model, has another vocabulary, or runs on another backend than the base.
@@ -69,7 +70,9 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
     if isinstance(expert, Prompt):
         return expert.bind(lm, where)
     if is_expert_pack(expert):
-        pack = read_pack(expert, "lora-expert")
+        pack = read_expert_pack(expert)
+        if pack.card.kind == "prefix":
+            return prefix_pass(lm, pack, where)
         pack.check(lm)
         return _adapted(lm, pack.folder, str(expert), where)
     if isinstance(expert, (str, Path)) and is_adapter_folder(expert):
@@ -109,6 +112,18 @@ def is_expert_pack(expert: Any) -> bool:
     if not is_pack(expert):
         return False
     return str(expert).startswith(PREFIX) or is_adapter_folder(expert) or not (Path(expert) / "config.json").is_file()
+
+
+def read_expert_pack(source: str | Path) -> Pack:
+    """A verified pack that can stand as an expert.
+
+    Raises:
+        ModelError: it is broken, or of another kind.
+    """
+    pack = read_pack(source)
+    if pack.card.kind not in ("lora-expert", "prefix"):
+        raise ModelError(f"{source} is a pack of kind {pack.card.kind!r}; expected one of kind 'lora-expert' or 'prefix'")
+    return pack
 
 
 def as_language_model(source: Any, where: str) -> LanguageModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
@@ -50,6 +51,8 @@ class GeDi(Control):
 
     control_name: ClassVar[str] = "gedi"
     any_arrays: ClassVar[bool] = True
+    sought: ClassVar[tuple[str, ...]] = ("code_desired",)
+    avoided: ClassVar[tuple[str, ...]] = ("code_undesired",)
 
     code_desired: ExpertSetting = None
     code_undesired: ExpertSetting = None
@@ -88,7 +91,7 @@ def _class_pass(code: object, lm: LanguageModel, where: str) -> Pass:
     found = bind_expert(code, lm, where)
     if found.lm.head is None:
         raise ModelError(f"{where}: the head of {found.lm.name} has no known form, so the probability of a prompt under it can't be read")
-    return Pass(found.lm, found.prefix, found.literal, found.adapter, likelihood=True)
+    return replace(found, likelihood=True)
 
 
 class BoundGeDi(BoundControl[GeDi]):

@@ -37,6 +37,8 @@ class Guidance(Control):
 
     control_name: ClassVar[str] = "guidance"
     any_arrays: ClassVar[bool] = True
+    sought: ClassVar[tuple[str, ...]] = ("positive",)
+    avoided: ClassVar[tuple[str, ...]] = ("negative",)
 
     positive: ExpertSetting = None
     negative: ExpertSetting = None

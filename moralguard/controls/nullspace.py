@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _ORTHONORMAL_TOLERANCE = 1e-3
 
+LAST = -1
+"""The layer that the head reads, in a pack's card."""
+
 # A-INLP's rule (Liang et al. 2021, released code): the nucleus that is looked at, the band in which nothing is done, the least keep.
 _BIAS_NUCLEUS = 0.7
 _BIAS_BAND = (-0.1, 0.15)
@@ -64,9 +67,15 @@ class NullspaceProjection(Control):
     @classmethod
     def _read_basis(cls, basis: Any) -> Any:
         if isinstance(basis, (str, Path)):
-            _load(str(basis))  # broken files are told here and not at the first use
+            load_basis(str(basis))  # broken files are told here and not at the first use
+            layer = layer_of_pack(str(basis))
+            if layer not in (None, LAST):
+                raise PolicyError(
+                    f"pack {str(basis)!r} was fitted on the states of layer {layer}, and nullspace edits those that the head reads; use "
+                    "layer-projection, or fit one without --layer"
+                )
             return str(basis)
-        return _checked(basis)
+        return checked_basis(basis)
 
     @field_validator("direction", mode="before")
     @classmethod
@@ -100,7 +109,7 @@ class NullspaceProjection(Control):
         Raises:
             PolicyError, ModelError: it can't be read any more, or is a pack of another model than ``lm``.
         """
-        basis, direction = _load(self.basis, lm) if isinstance(self.basis, str) else (self.basis, None)
+        basis, direction = load_basis(self.basis, lm) if isinstance(self.basis, str) else (self.basis, None)
         u_in, u_out, mu = basis if isinstance(basis, tuple) else (basis, basis, None)
         found = (u_in, u_out, mu, direction if self.direction is None else self.direction)
         if lm is None:
@@ -113,6 +122,13 @@ class NullspaceProjection(Control):
         return self.adaptive or self.keep != 1
 
     def scaled(self, factor: float) -> Self:
+        if self.adaptive:
+            if factor in (0, 1):
+                return self if factor else self.replaced(adaptive=False, keep=1.0)
+            raise PolicyError(
+                f"an adaptive projection chooses its share at every step, so strength {factor:g} means nothing; give 0 or 1, or set "
+                "adaptive: false"
+            )
         return self.replaced(keep=max(0.0, 1 - (1 - self.keep) * factor))  # beyond the whole subspace there is nothing to remove
 
     @property
@@ -189,7 +205,7 @@ def _as_array(value: Any) -> Array:
     return array
 
 
-def _checked(basis: Any) -> Any:
+def checked_basis(basis: Any) -> Any:
     """U f32[d, r], or (U_in, U_out, mu), once it is known to be one."""
     if isinstance(basis, (tuple, list)) and len(basis) == 3 and not isinstance(basis[0], (int, float)):
         u_in, u_out, mu = (_as_array(part) for part in basis)
@@ -213,7 +229,7 @@ def _checked(basis: Any) -> Any:
     return u
 
 
-def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, Array | None]:
+def load_basis(source: str, lm: LanguageModel | None = None) -> tuple[Any, Array | None]:
     """(basis, direction) of a pack, checked against the model where one is given; or of a bare file."""
     if is_pack(source):
         pack = read_pack(source, "subspace")
@@ -229,10 +245,15 @@ def _load(source: str, lm: LanguageModel | None = None) -> tuple[Any, Array | No
     tensors = load_arrays(path)
     direction = _as_array(tensors["direction"]).reshape(-1) if "direction" in tensors else None
     if "basis" in tensors:
-        return _checked(tensors["basis"]), direction
+        return checked_basis(tensors["basis"]), direction
     if {"U_in", "U_out", "mu"} <= tensors.keys():
-        return _checked((tensors["U_in"], tensors["U_out"], tensors["mu"])), direction
+        return checked_basis((tensors["U_in"], tensors["U_out"], tensors["mu"])), direction
     raise PolicyError(f"{path} holds {', '.join(sorted(tensors))}; expected basis, or U_in, U_out and mu")
+
+
+def layer_of_pack(source: str) -> int | None:
+    """The layer whose states a pack was fitted on, -1 for those that the head reads; None for a bare file."""
+    return int(read_pack(source, "subspace").card.settings.get("layer", LAST)) if is_pack(source) else None
 
 
 def _row_space(matrix: Array) -> Array:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
-from moralguard.backends.arrays import Array, is_tensor, namespace, namespace_of
+from moralguard.backends.arrays import Array, namespace_of
 from moralguard.backends.capabilities import Capabilities
+from moralguard.controls.attribute_head import Head, checked_head, read_attribute_head
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import Thing, things
 from moralguard.errors import PolicyError
-from moralguard.packs import read_pack
 from moralguard.values import Value
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 Bags = Annotated[
     tuple[tuple[int | str, ...], ...],
     WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": ["string", "integer"]}}}),
-]
-Head = Annotated[
-    Any,
-    WithJsonSchema({"type": ["string", "null"], "description": "pack folder or pack:NAME; (W [classes, d], b [classes]) from Python only"}),
 ]
 
 
@@ -86,7 +83,7 @@ class PPLM(Control):
         if head is None:
             return None
         # a pack is read in ``attribute``; the setting stays what a policy file can hold
-        return str(head) if isinstance(head, (str, Path)) else _checked(head)
+        return str(head) if isinstance(head, (str, Path)) else checked_head(head)
 
     @model_validator(mode="after")
     def _has_attribute(self) -> PPLM:
@@ -109,33 +106,7 @@ class PPLM(Control):
         """
         if self.head is None:
             return None
-        target: Any = 1
-        if isinstance(self.head, str):
-            pack = read_pack(self.head, "attribute-head")
-            if lm is not None:
-                pack.check(lm)
-            tensors = pack.arrays("head.safetensors")
-            if not {"weight", "bias"} <= tensors.keys():
-                raise PolicyError(f"{pack.folder} holds {', '.join(sorted(tensors))}; expected weight [classes, d] and bias [classes]")
-            reads = pack.card.settings.get("layer", -1), pack.card.settings.get("pooling", "mean")
-            if reads != (-1, "mean"):
-                raise PolicyError(
-                    f"{pack.folder} reads the states of layer {reads[0]}, pooled by {reads[1]!r}; pplm steers by a head on the mean of the "
-                    "last states: fit it without other layers and poolings"
-                )
-            weight, bias = _checked((tensors["weight"], tensors["bias"]))
-            target = pack.card.settings.get("target")
-        else:
-            weight, bias = self.head
-        target = target if self.target is None else self.target
-        if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < weight.shape[0]:
-            raise PolicyError(f"pplm target is {target!r}, but the head has classes 0 to {weight.shape[0] - 1}")
-        if lm is None:
-            return weight, bias, target
-        arrays = namespace_of(lm)
-        if weight.shape[1] != lm.width:
-            raise PolicyError(f"pplm head has W {tuple(weight.shape)}, but {lm.name} has hidden states of {lm.width}")
-        return arrays.float_array(weight, lm), arrays.float_array(bias, lm), target
+        return read_attribute_head(self.head, self.target, self.control_name, lm)
 
     def bags(self, lm: LanguageModel) -> list[Array]:
         """Token ids i64[n] of every bag, on the model's device.
@@ -151,6 +122,11 @@ class PPLM(Control):
 
     def scaled(self, factor: float) -> Self:
         return self.replaced(stepsize=self.stepsize * factor)
+
+    @property
+    def seeks(self) -> tuple[Thing, ...]:
+        words = (word for bag in self.bag_of_words or () for word in bag if isinstance(word, str))
+        return things("word", *(word.strip().casefold() for word in words))
 
     @property
     def needs(self) -> Capabilities:
@@ -174,28 +150,6 @@ class PPLM(Control):
         from moralguard.controls.pplm_cache import BoundPPLM
 
         return BoundPPLM(self, lm)
-
-
-def _checked(head: Any) -> tuple[Array, Array]:
-    """(W f32[classes, d], b f32[classes]), once it is known to be a head; tensors stay tensors, the rest becomes NumPy arrays."""
-    if is_tensor(getattr(head, "weight", None)):  # a torch.nn.Linear
-        weight = head.weight
-        head = (weight, head.bias if head.bias is not None else namespace("torch").full((weight.shape[0],), 0.0, weight.dtype))
-    if not isinstance(head, (tuple, list)) or len(head) != 2:
-        raise PolicyError("head is (W [classes, d], b [classes]), a torch.nn.Linear or a pack")
-    try:
-        arrays = namespace("torch" if any(is_tensor(part) for part in head) else "numpy")
-        weight, bias = (arrays.copy_of(arrays.float_array(part)) for part in head)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PolicyError(f"head is (W [classes, d], b [classes]), arrays of numbers: {error}") from error
-    if not bool(arrays.isfinite(weight).all() and arrays.isfinite(bias).all()):
-        raise PolicyError("head holds values that aren't finite")
-    if weight.ndim == 1 or weight.shape[0] == 1:  # a logistic head: its logit against 0
-        weight, bias = weight.reshape(-1), bias.reshape(-1)[0]
-        weight, bias = arrays.stack([weight - weight, weight]), arrays.stack([bias - bias, bias])
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise PolicyError(f"head has W {tuple(weight.shape)} and b {tuple(bias.shape)}; expected W [classes, d] and b [classes]")
-    return (weight, bias)
 
 
 def _bag_ids(lm: LanguageModel, bag: tuple[int | str, ...], index: int) -> Array:

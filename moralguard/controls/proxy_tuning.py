@@ -40,6 +40,8 @@ class ProxyTuning(Control):
 
     control_name: ClassVar[str] = "proxy-tuning"
     any_arrays: ClassVar[bool] = True
+    sought: ClassVar[tuple[str, ...]] = ("expert",)
+    avoided: ClassVar[tuple[str, ...]] = ("anti_expert",)
 
     expert: ExpertSetting
     anti_expert: ExpertSetting

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from moralguard.backends.capabilities import Capabilities
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import Thing, things
 from moralguard.controls.rewards import Reward, bind_reward, checked_reward, reads_states
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
@@ -57,6 +58,14 @@ class RAD(Control):
 
     def scaled(self, factor: float) -> Self:
         return self.replaced(beta=self.beta * factor)
+
+    @property
+    def seeks(self) -> tuple[Thing, ...]:
+        return () if self.inverse else things("reward", self.reward)
+
+    @property
+    def avoids(self) -> tuple[Thing, ...]:
+        return things("reward", self.reward) if self.inverse else ()
 
     @property
     def needs(self) -> Capabilities:

@@ -22,13 +22,17 @@ _BUILT_IN = {
     "gedi": "moralguard.controls.gedi:GeDi",
     "guidance": "moralguard.controls.guidance:Guidance",
     "instruction": "moralguard.controls.instruction:Instruction",
+    "layer-projection": "moralguard.controls.layer_projection:LayerProjection",
     "nullspace": "moralguard.controls.nullspace:NullspaceProjection",
     "pplm": "moralguard.controls.pplm:PPLM",
+    "prefix": "moralguard.controls.prefix:Prefix",
     "proxy-tuning": "moralguard.controls.proxy_tuning:ProxyTuning",
     "rad": "moralguard.controls.rad:RAD",
     "sasa": "moralguard.controls.sasa:SASA",
     "safe-decoding": "moralguard.controls.safe_decoding:SafeDecoding",
     "self-debias": "moralguard.controls.self_debias:SelfDebias",
+    "steering": "moralguard.controls.steering:SteeringVectors",
+    "uddia": "moralguard.controls.uddia:UDDIA",
     "word-list": "moralguard.controls.word_list:WordList",
 }
 
@@ -78,9 +82,13 @@ def write_control(control: Control) -> dict[str, Any]:
         PolicyError: a setting is a tensor, a model or a function; those travel as files.
     """
     data: dict[str, Any] = {"control": control.versioned_name()}
-    for name, field in type(control).model_fields.items():
-        value = getattr(control, name)
+    fields = type(control).model_fields
+    for name in sorted(fields, key=lambda name: name in Control.model_fields):  # those of every control behind its own
+        field, value = fields[name], getattr(control, name)
         if value == field.default if isinstance(value, (str, int, float, bool, tuple, type(None))) else False:
+            continue
+        if name == "when":  # what it doesn't use isn't a condition of it
+            data[name] = value.model_dump(mode="json", exclude_defaults=True)
             continue
         data[name] = _plain(value, f"{control.control_name}.{name}")
     return data

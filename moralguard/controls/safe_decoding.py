@@ -41,6 +41,7 @@ class SafeDecoding(Control):
 
     control_name: ClassVar[str] = "safe-decoding"
     any_arrays: ClassVar[bool] = True
+    sought: ClassVar[tuple[str, ...]] = ("expert",)
 
     expert: ExpertSetting = None
     alpha: Annotated[float, Field(ge=0)] = 3.0

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from moralguard.backends.capabilities import Capabilities
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import Thing, things
 from moralguard.controls.experts import Prompt
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Attenuation, Terms
@@ -44,6 +45,10 @@ class SelfDebias(Control):
 
     def scaled(self, factor: float) -> Self:
         return self.replaced(decay_constant=self.decay_constant * factor)
+
+    @property
+    def avoids(self) -> tuple[Thing, ...]:
+        return things("prompt", *(self.prefixes or ()))
 
     @property
     def needs(self) -> Capabilities:

@@ -12,6 +12,7 @@ from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.prompts import encode_words
 from moralguard.backends.token_bytes import vocabulary_bytes
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import Thing, things
 from moralguard.controls.listed_words import ListedWords, Tail, fold, read
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Dense, Only, Terms
@@ -95,6 +96,10 @@ class WordList(Control):
         if self.penalty is None:
             return self if factor else self.replaced(penalty=0.0)
         return self.replaced(penalty=self.penalty * factor)
+
+    @property
+    def avoids(self) -> tuple[Thing, ...]:
+        return things("word", *self.entries())
 
     @property
     def needs(self) -> Capabilities:

@@ -83,6 +83,10 @@ class Likelihood:
     def without_newest(self, columns: int) -> Likelihood:
         return self._changed(lambda values: values[:, : values.shape[1] - columns])
 
+    def widened(self, width: int) -> Likelihood:
+        """With columns in front, at which nothing was read, up to this width."""
+        return self._changed(lambda values: self._arrays.pad_left(values, width, 0))
+
     def joined(self, other: Likelihood) -> Likelihood:
         """Rows of another group of the same model behind one's own, padded on the left to one width."""
         arrays = self._arrays

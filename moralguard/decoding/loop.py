@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,9 +45,20 @@ class LoopContext:
     seed: int
 
 
-def noise_key(seed: int, prompt: Sequence[int], return_index: int) -> int:
-    """64-bit key of a request's noise: it depends on nothing else, so a text is the same alone and in any batch."""
-    digest = hashlib.blake2b(digest_size=8)
+FLAGGED = "flagged"
+"""The finish_reason of a request that a watch stopped; whoever watches sees to it that nobody else meets it."""
+
+Watch = Callable[[Sequence[tuple[int, int]]], set[int]]
+"""[(index of the request, its newest token id)] of a step -> indices of the requests that stop there."""
+
+
+def noise_key(seed: int, prompt: Sequence[int], return_index: int, attempt: int = 0, retry: int = 0) -> int:
+    """64-bit key of a request's noise: it depends on nothing else, so a text is the same alone and in any batch.
+
+    Args:
+        attempt, retry: tell drafts of one continuation apart; 0 and 0 is the first.
+    """
+    digest = hashlib.blake2b(digest_size=8, salt=attempt.to_bytes(8, "little") + retry.to_bytes(8, "little"))
     digest.update(seed.to_bytes(16, "little", signed=True))
     digest.update(return_index.to_bytes(8, "little"))
     digest.update(b"".join(int(i).to_bytes(4, "little") for i in prompt))
@@ -69,8 +80,12 @@ def loop_mode(context: LoopContext) -> AbstractContextManager[None]:
     return grad_mode(context.controls) if kind_of(context.lm) == "torch" else nullcontext()
 
 
-def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tuple[int, int]]:
-    """Run requests to their end, filling them in; yields (index of the request, token id) as tokens come."""
+def decode(context: LoopContext, requests: Sequence[Completion], watch: Watch | None = None) -> Iterator[tuple[int, int]]:
+    """Run requests to their end, filling them in; yields (index of the request, token id) as tokens come.
+
+    Args:
+        watch: told of every step's tokens before they are yielded; the requests that it names end with finish_reason ``FLAGGED``.
+    """
     context.counters.add(requests=len(requests))
     arrays = namespace_of(context.lm)
     unique = {tuple(request.prompt_ids): None for request in requests}
@@ -81,10 +96,15 @@ def decode(context: LoopContext, requests: Sequence[Completion]) -> Iterator[tup
         if len(unique) < len(requests) or len(requests) > 1:
             session.select(arrays.integers([order[tuple(request.prompt_ids)] for request in requests]))
     running = list(range(len(requests)))
-    keys = arrays.integers([noise_key(context.seed, request.prompt_ids, request.return_index) for request in requests], context.lm)
+    keys = arrays.integers([noise_key(context.seed, r.prompt_ids, r.return_index, r.attempt, r.retry) for r in requests], context.lm)
     while running:
         with loop_mode(context):
             ended, drawn = _step(context, session, [requests[i] for i in running], keys)
+        if watch is not None:
+            stopped = watch([(running[slot], token) for slot, token in drawn])
+            for slot in (slot for slot, _ in drawn if running[slot] in stopped):
+                requests[running[slot]].finish_reason = FLAGGED
+                ended.add(slot)
         for slot, token in drawn:
             yield running[slot], token
         for slot, room in enumerate(session.rooms):
@@ -114,6 +134,9 @@ def _step(
     tokens = drawn_now.tokens
     if bool(drawn_now.emptied.any()):
         ended |= _handle_emptied(context, outcome, requests, drawn_now.emptied, tokens, keys, positions)
+    for slot, request in enumerate(requests):
+        if len(request.token_ids) < len(request.kept):
+            tokens[slot] = request.kept[len(request.token_ids)]
     records = []
     if context.trace:
         from moralguard.trace.attribution import trace_step
@@ -170,7 +193,7 @@ def _handle_emptied(
         context.counters.add(failed_open=len(rows))
         return set()
     for row in rows.tolist():
-        _end_with_error(requests[row], "rectification", "the controls together removed every token; loosen a filter or a strength")
+        _end_with_error(requests[row], "rectification", outcome.why_emptied(row))
     context.counters.add(failed_closed=len(rows))
     return set(rows.tolist())
 

@@ -19,11 +19,17 @@ from moralguard.errors import PromptError
 if TYPE_CHECKING:
     import torch
 
+    from moralguard.backends.edits import ModuleEdits
     from moralguard.backends.hf import LanguageModel
     from moralguard.backends.kv_cache import KeyValue
+    from moralguard.backends.learned_prefix import LearnedPrefix
     from moralguard.backends.lora import LoraAdapter
     from moralguard.decoding.likelihood import Likelihood
     from moralguard.decoding.torch_rows import RowGroup
+
+
+PassKey = tuple[int, tuple[int, ...], bool, int, int, int]
+"""Weights, prefix, whether it goes in front as it is, adapter, edits, learned prefix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,21 +41,31 @@ class Pass:
         prefix: token ids that stand before the request's text.
         literal: the prefix was given as ids and goes in front as it is; a text prefix respects chat templates.
         adapter: LoRA adapter on these weights, or None.
+        edits: edits of hidden states on these weights, or None.
         states: the control also needs the sum of hidden states over all earlier positions.
         likelihood: the control also needs how probable the request's own tokens were, those of its prompt included.
+        learned: a learned prefix on these weights, or None; it stands before everything, the beginning-of-text token too.
     """
 
     lm: LanguageModel
     prefix: tuple[int, ...] = ()
     literal: bool = False
     adapter: LoraAdapter | None = None
+    edits: ModuleEdits | None = None
     states: bool = False
     likelihood: bool = False
+    learned: LearnedPrefix | None = None
 
     @property
-    def key(self) -> tuple[int, tuple[int, ...], bool, int]:
+    def prefix_length(self) -> int:
+        """Positions that the prefixes take up beside the request's own tokens."""
+        return len(self.prefix) + (0 if self.learned is None else self.learned.length)
+
+    @property
+    def key(self) -> PassKey:
         """Passes with one key give the same numbers and are run once."""
-        return (id(weights_of(self.lm)), self.prefix, self.literal or not self.prefix, id(self.adapter))
+        literal = self.literal or not self.prefix
+        return (id(weights_of(self.lm)), self.prefix, literal, id(self.adapter), id(self.edits), id(self.learned))
 
 
 def check_passes_fit(passes: Sequence[Pass], prompt: Sequence[int], where: str) -> None:
@@ -60,10 +76,10 @@ def check_passes_fit(passes: Sequence[Pass], prompt: Sequence[int], where: str) 
     """
     for item in passes:
         limit = item.lm.context_length
-        needed = len(place_prefix(item.lm, item.prefix, prompt, item.literal)) + 1
+        needed = item.prefix_length + len(prompt) + 1
         if limit is not None and needed > limit:
             raise PromptError(
-                f"{where} has {len(prompt)} tokens; a pass on {item.lm.name} with a prefix of {len(item.prefix)} tokens needs {needed}, "
+                f"{where} has {len(prompt)} tokens; a pass on {item.lm.name} with a prefix of {item.prefix_length} tokens needs {needed}, "
                 f"but its context holds {limit}. Shorten the prompt or the prefix"
             )
 
@@ -112,7 +128,8 @@ class PassView:
     def log_likelihood(self) -> torch.Tensor:
         """f64[R], nats: summed log-probabilities of the request's own tokens that stand behind the prefix, up to the newest.
 
-        A first token that nothing stands before isn't counted. Follows its row through reordering, rewinding and leaving.
+        A first token that nothing stands before isn't counted, nor one right behind a learned prefix, which has no law. Follows its
+        row through reordering, rewinding and leaving.
         """
         sums: torch.Tensor = self._likelihood.sums[self.rows]
         return sums
@@ -146,7 +163,7 @@ class PassTable:
     """
 
     def __init__(self, passes: Sequence[Pass], prompts: Sequence[Sequence[int]], *, hidden_for: LanguageModel | None = None):
-        unique: dict[tuple[int, tuple[int, ...], bool, int], Pass] = {}
+        unique: dict[PassKey, Pass] = {}
         for item in passes:
             known = unique.get(item.key, item)
             unique[item.key] = replace(item, states=item.states or known.states, likelihood=item.likelihood or known.likelihood)
@@ -160,13 +177,15 @@ class PassTable:
     def _build(self, prompts: Sequence[Sequence[int]]) -> None:
         self.requests = len(prompts)
         self.groups: list[RowGroup] = []
-        self._place: dict[tuple[int, tuple[int, ...], bool, int], tuple[int, int]] = {}
+        self._place: dict[PassKey, tuple[int, int]] = {}
         for items in self._by_model.values():
-            lm, rows, adapters, behind = items[0].lm, [], [], []
+            lm, rows, adapters, edits, behind = items[0].lm, [], [], [], []
+            prefixes = [item.learned for item in items for _ in prompts]
             for order, item in enumerate(items):
                 rows += [place_prefix(lm, item.prefix, prompt, item.literal) for prompt in prompts]
                 behind += [_behind_prefix(item, prompt) for prompt in prompts]
                 adapters += [item.adapter] * len(prompts)
+                edits += [item.edits] * len(prompts)
                 self._place[item.key] = (len(self.groups), order)
             self.groups.append(
                 _row_group_of(lm)(
@@ -176,6 +195,9 @@ class PassTable:
                     hidden=self._hidden_for is not None and weights_of(lm) is weights_of(self._hidden_for),
                     states=any(item.states for item in items),
                     counted_from=behind if any(item.likelihood for item in items) else None,
+                    # only a PyTorch model has modules to edit, or takes a learned prefix
+                    **({"edits": edits} if any(edits) else {}),
+                    **({"prefixes": prefixes} if any(prefixes) else {}),
                 )
             )
 
@@ -244,11 +266,11 @@ def _behind_prefix(item: Pass, prompt: Sequence[int]) -> int:
 
 
 def _row_group_of(lm: LanguageModel) -> Any:
-    """The class of a model's row groups."""
+    """What makes a model's row groups."""
     if kind_of(lm) == "numpy":
         from moralguard.decoding import numpy_rows
 
         return numpy_rows.row_group_of(lm)
     from moralguard.decoding import torch_rows
 
-    return torch_rows.RowGroup
+    return torch_rows.read_rows

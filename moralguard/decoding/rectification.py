@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moralguard.backends.arrays import namespace_for
 from moralguard.decoding.settings import DecodingSettings
-from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Term, Terms
+from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Term, Terms, taken
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,8 @@ def _warp(settings: DecodingSettings, base: torch.Tensor) -> dict[str, Any]:
 def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:
     """z' = z + sum of deltas on the intersection of the keep-sets, f32[R, V].
 
-    A control that acts on some rows only contributes nothing, and removes nothing, on the others.
+    A control that acts on some rows only contributes nothing, and removes nothing, on the others: these get the bits that they get without
+    it.
 
     Raises:
         ValueError: a term's tensors don't fit the base's logits.
@@ -119,19 +120,40 @@ def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:
     packer = _Packer(base)
     arrays = namespace_for(base)
     touched = arrays.full((base.shape[0],), False, arrays.bool_, base)
-    for item in terms:
-        if not item.terms or (item.rows is not None and not bool(item.rows.any())):
-            continue
+    acting = [item for item in terms if item.terms and (item.rows is None or bool(item.rows.any()))]
+    for item in acting:
         touched |= True if item.rows is None else item.rows
         for term in item.terms:
             packer.add(term, item.rows)
     if not packer.used:
         return Rectified(base, touched)
-    law = Rectified(base, touched, packer.arguments())
+    arguments = packer.arguments()
+    if packer.crowded and len(acting) > 1 and any(item.rows is not None and not bool(item.rows.all()) for item in acting):
+        return Rectified(base, touched, computed=_by_pattern(base, acting))
+    law = Rectified(base, touched, arguments)
     if packer.support is None:
         return law
     removed = touched[:, None] & ~packer.support
     return Rectified(base, touched, computed=arrays.masked_fill(law.logits, removed, float("-inf")))
+
+
+def _by_pattern(base: torch.Tensor, acting: Sequence[Terms]) -> torch.Tensor:
+    """f32[R, V], rows under the same controls together: what doesn't fit one op is added up in groups, and how it is grouped must not
+    depend on controls that act in other rows only."""
+    arrays, count = namespace_for(base), base.shape[0]
+    acts = [[True] * count if item.rows is None else [bool(flag) for flag in item.rows.tolist()] for item in acting]
+    patterns: dict[tuple[bool, ...], list[int]] = {}
+    for row in range(count):
+        patterns.setdefault(tuple(each[row] for each in acts), []).append(row)
+    parts, order = [], []
+    for pattern, members in patterns.items():
+        rows = arrays.integers(members)
+        mine = [item for item, here in zip(acting, pattern, strict=True) if here]
+        parts.append(rectify(arrays.take_rows(base, rows), [Terms(taken(item.terms, rows)) for item in mine]).logits)
+        order += members
+    back = arrays.integers(sorted(range(count), key=order.__getitem__))
+    logits: torch.Tensor = arrays.take_rows(arrays.cat(parts), back)
+    return logits
 
 
 class _Packer:
@@ -184,6 +206,11 @@ class _Packer:
                 self._extra.append(ops.attenuation_delta(ops.sanitize_logits(self.base), term.sources, decay_constant, epsilon))
         else:
             self._sparse.append((term, rows))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether something was added up here, because the op takes no more; once ``arguments`` was asked for."""
+        return bool(self._extra)
 
     def _zeros(self) -> torch.Tensor:
         zeros: torch.Tensor = self.arrays.full((self.base.shape[0],), 0.0, self.arrays.float32, self.base)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 from moralguard.backends.arrays import namespace_of
 from moralguard.controls.base import BoundControl
+from moralguard.controls.order import in_order
+from moralguard.decoding.conditions import Conditions, admitted, facts_of, gates_of, reads_hidden
 from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.history import Continuation
-from moralguard.decoding.outcome import Failure, Outcome, RequestState
+from moralguard.decoding.outcome import Failure, Outcome, Parts, RequestState
 from moralguard.decoding.passes import Pass, PassTable
 from moralguard.decoding.rectification import Rectified, rectify
 from moralguard.decoding.step import Columns, Step
@@ -37,7 +39,6 @@ class _Pending:
 
     step: Step
     terms: list[Terms] = field(default_factory=list)
-    log_odds: torch.Tensor | None = None
 
 
 class Session:
@@ -45,13 +46,15 @@ class Session:
 
     Args:
         lm: the base model.
-        controls: bound, active controls.
+        controls: bound, active controls, in any order: they run in the canonical one, so that no law depends on it. Those whose
+            conditions none of the prompts meets are left out, with their passes.
         prompts: token ids of the requests, none empty.
         own_base: the session runs the base's rows itself (own loop); otherwise each step is given the base logits.
-        gate: when controls act.
+        gate: when all controls act.
         given_hidden: each step is given the base's hidden state too. Where it isn't and something reads it, the session runs the
             base's rows beside the other passes.
         state: of the one request, where it has been running before; its prompt then ends in what it has generated.
+        asked: the prompts themselves, where ``prompts`` end in what was generated.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class Session:
         gate: BoundGate | None = None,
         given_hidden: bool = False,
         state: RequestState | None = None,
+        asked: Sequence[Sequence[int]] | None = None,
     ):
-        self.lm, self.controls, self.gate = lm, tuple(controls), gate
+        facts = facts_of(lm, gates_of(gate, controls), prompts if asked is None else asked)
+        self.lm, self.controls, self.gate = lm, in_order(admitted(controls, facts)), gate
         self._arrays = namespace_of(lm)
         self._base_pass = Pass(lm) if own_base else None
-        hidden = any(control.settings.needs.hidden for control in self.controls) or (gate is not None and gate.needs.hidden)
+        hidden = reads_hidden(gate, self.controls)
         self._state_pass = Pass(lm) if hidden and not own_base and not given_hidden else None
         passes = [item for control in self.controls for item in control.passes]
         if self._base_pass is not None:
@@ -78,6 +83,7 @@ class Session:
         own_states = (own_base and hidden) or self._state_pass is not None
         self.table = PassTable(passes, prompts, hidden_for=lm if own_states else None)
         self._restart(prompts)
+        self.conditions = Conditions.fresh(gate, self.controls, facts, self.generated)
         if state is not None:
             self._restore(state)
 
@@ -87,22 +93,18 @@ class Session:
         self.generated = arrays.full((count,), 0, arrays.int64, self.history)
         self.columns: list[Columns | None] = [None] * len(self.controls)
         self.disabled = arrays.full((len(self.controls), count), False, arrays.bool_)
-        self._opened = arrays.full((count,), _NEVER, arrays.int64, self.history)  # tokens that a request had when its gate first opened
-        self._log_odds = arrays.full((count, 0), 0.0, arrays.float32, self.history)  # the gate's, of the steps before
         self._pending: _Pending | None = None
         self.advanced = True  # the passes have read the newest token
 
     def _restore(self, state: RequestState) -> None:
         self.generated = self.generated + state.generated
-        self._opened, self._log_odds = state.opened, state.log_odds
+        self.conditions = self.conditions.restored(state.gates)
         self.columns, self.disabled = list(state.columns), state.disabled
 
     def state(self, row: int) -> RequestState:
         """What the guard remembers of a request beside its tokens."""
         columns = tuple(None if columns is None else _row_of(columns, row) for columns in self.columns)
-        rows = slice(row, row + 1)
-        newest = None if self._pending is None or self._pending.log_odds is None else self._pending.log_odds[rows, None]
-        return RequestState(int(self.generated[row]), self._opened[rows], self._log_odds[rows], newest, columns, self.disabled[:, rows])
+        return RequestState(int(self.generated[row]), self.conditions.states(row), columns, self.disabled[:, row : row + 1])
 
     def pass_over(self, tokens: int) -> None:
         """Take note that requests have that many tokens more than they had at the step that was never committed.
@@ -166,16 +168,16 @@ class Session:
         self._pending = _Pending(step)
         if not self.controls:
             return Outcome(base, rectify(base, ()), ())
-        open_rows = self._open_rows(step)
+        self.conditions, open_rows = self.conditions.look(step)
         try:
             if self.disabled.any():
                 raise _DisabledError
-            terms = [self._gated(self._terms_of(i, step), open_rows) for i in range(len(self.controls))]
+            terms = [self._gated(self._terms_of(i, step), open_rows[i]) for i in range(len(self.controls))]
             rectified = rectify(base, terms)
             if not self._arrays.on_gpu(base):
                 rectified.logits  # noqa: B018 -- computed now, so that a control's mistake shows where its row can be told
         except Exception as error:  # whichever control it was, each row is tried alone, so that neighbours don't end with it
-            rectified, carries, failures = self._row_by_row(step, open_rows)
+            rectified, carries, failures, parts = self._row_by_row(step, open_rows)
             if not failures and not isinstance(error, _DisabledError):
                 warnings.warn(
                     f"a control failed on {self.rows} rows together but on none alone, so the step was run row by row, which is slower: "
@@ -184,22 +186,10 @@ class Session:
                     stacklevel=2,
                 )
             self._pending = replace(self._pending, terms=carries)
-            return Outcome(base, rectified, None, tuple(failures))
+            return Outcome(base, rectified, None, tuple(failures), parts)
         self._pending = replace(self._pending, terms=terms)
-        return Outcome(base, rectified, tuple(terms))
-
-    def _open_rows(self, step: Step) -> torch.Tensor | None:
-        if self.gate is None:
-            return None
-        newest = self.gate.log_odds(step)
-        if newest is not None:
-            self._pending = _Pending(step, log_odds=newest)
-            newest = self._arrays.cat([self._log_odds, newest[:, None]], -1)
-        rows = self.gate.open_rows(step, newest)
-        if rows is None or not self.gate.settings.stay_open:
-            return rows
-        self._opened = self._arrays.where(rows, self._arrays.minimum(self._opened, self.generated), self._opened)
-        return self._opened <= self.generated
+        names = (control.name for control in self.controls)
+        return Outcome(base, rectified, tuple(terms), parts=(tuple(zip(names, terms, strict=True)),))
 
     def _terms_of(self, index: int, step: Step) -> Terms:
         control = self.controls[index]
@@ -214,10 +204,13 @@ class Session:
             return terms
         return replace(terms, rows=open_rows if terms.rows is None else terms.rows & open_rows)
 
-    def _row_by_row(self, step: Step, open_rows: torch.Tensor | None) -> tuple[Rectified, list[Terms], list[Failure]]:
+    def _row_by_row(
+        self, step: Step, open_rows: Sequence[torch.Tensor | None]
+    ) -> tuple[Rectified, list[Terms], list[Failure], tuple[Parts, ...]]:
         """Every row alone: a control that raises is left out of that row, for good."""
         failures: list[Failure] = []
         rectified: list[Rectified] = []
+        parts: list[Parts] = []
         carries: list[list[Columns | None]] = [[] for _ in self.controls]
         for index in range(len(self.controls)):
             if self.columns[index] is None:
@@ -225,23 +218,24 @@ class Session:
         for row in range(self.rows):
             single, terms = step.row(row), []
             for index, control in enumerate(self.controls):
-                carry: Columns | None = None
+                opened, carry = open_rows[index], None
                 if not self.disabled[index, row]:
                     try:
                         mine = _row_of(self.columns[index] or {}, row)
                         added = control.terms(replace(single, columns=mine))
-                        gated = self._gated(added, None if open_rows is None else open_rows[row : row + 1])
+                        gated = self._gated(added, None if opened is None else opened[row : row + 1])
                         rectify(single.logits, [gated]).logits  # noqa: B018 -- does it fit?
-                        terms.append(gated)
+                        terms.append((control.name, gated))
                         carry = added.carry
                     except Exception as error:
                         failures.append(Failure(row, control.name, error))
                         self.disabled[index, row] = True
                 carries[index].append(carry)
-            rectified.append(rectify(single.logits, terms))
+            rectified.append(rectify(single.logits, [added for _, added in terms]))
+            parts.append(tuple(terms))
         touched = self._arrays.cat([r.touched for r in rectified])
         joined = Rectified(step.logits, touched, computed=self._arrays.cat([r.logits for r in rectified]))
-        return joined, [Terms(carry=self._join(carry)) for carry in carries], failures
+        return joined, [Terms(carry=self._join(carry)) for carry in carries], failures, tuple(parts)
 
     def _each_row(self, index: int, failures: list[Failure], compute: Callable[[int], Columns]) -> Columns:
         """Columns of all rows, computed row by row; a row in which it raises is disabled for this control."""
@@ -288,9 +282,7 @@ class Session:
             if parents is not None:
                 carry = {name: arrays.take_rows(value, parents) for name, value in carry.items()}
             self.columns[index] = self._committed(index, replace(step, columns=columns), carry, tokens, failures)
-        if pending.log_odds is not None:
-            newest = pending.log_odds if parents is None else arrays.take_rows(pending.log_odds, parents)
-            self._log_odds = arrays.cat([self._log_odds, newest[:, None]], -1)
+        self.conditions = self.conditions.commit()
         tokens = arrays.beside(tokens, self.history)
         self._read(tokens[:, None])
         self.advanced = False
@@ -329,7 +321,7 @@ class Session:
         index = self._arrays.beside(rows, self.history)
         self.history, self.mask, self.generated = self.history[index], self.mask[index], self.generated[index]
         self.disabled = self.disabled[:, self._arrays.on_host(rows)]
-        self._opened, self._log_odds = self._opened[index], self._log_odds[index]
+        self.conditions = self.conditions.select(rows)
         self._drop_unused_columns()
         self.columns = [
             None if columns is None else {name: take(value, rows) for name, value in columns.items()} for columns in self.columns
@@ -339,8 +331,7 @@ class Session:
         """What only requests that left needed, so that a batch that never ends doesn't grow for ever."""
         unused = self.history.shape[1] - int(self.mask.sum(-1).max())
         self.history, self.mask = self.history[:, unused:], self.mask[:, unused:]
-        if self._log_odds.shape[1]:
-            self._log_odds = self._log_odds[:, max(0, self._log_odds.shape[1] - int(self.generated.max())) :]
+        self.conditions = self.conditions.trimmed(int(self.generated.max()))
 
     @property
     def splittable(self) -> bool:
@@ -364,7 +355,6 @@ class Session:
         return _Pending(
             replace(pending.step.select(rows), view=table.view),
             [Terms(carry={name: take(value, rows) for name, value in terms.carry.items()}) for terms in pending.terms],
-            None if pending.log_odds is None else take(pending.log_odds, rows),
         )
 
     def joins(self, other: Session) -> bool:
@@ -390,10 +380,8 @@ class Session:
         width = max(self.history.shape[1], other.history.shape[1])
         self.history = arrays.cat([arrays.pad_left(session.history, width, 0) for session in (self, other)])
         self.mask = arrays.cat([arrays.pad_left(session.mask, width, 0) for session in (self, other)])
-        steps = max(self._log_odds.shape[1], other._log_odds.shape[1])
-        self._log_odds = arrays.cat([arrays.pad_left(session._log_odds, steps, float("nan")) for session in (self, other)])
+        self.conditions = self.conditions.join(other.conditions)
         self.generated = arrays.cat([self.generated, other.generated])
-        self._opened = arrays.cat([self._opened, other._opened])
         self.disabled = arrays.cat([self.disabled, other.disabled], 1)
         self.columns = [
             None if mine is None or theirs is None else {name: arrays.cat([mine[name], theirs[name]]) for name in mine}
@@ -406,14 +394,8 @@ class Session:
         arrays = self._arrays
         if found.parents is not None:
             self.select(arrays.integers(found.parents, self.lm))
-        # what opened a gate behind the last token that stays was another text
-        self._opened = arrays.masked_fill(self._opened, self._opened > self.generated - found.dropped, _NEVER)
-        generated = int(self.generated.max())
-        self.generated = self.generated + found.tokens.shape[1] - found.dropped
-        if self._log_odds.shape[1]:
-            known = self._log_odds[:, : max(0, generated - found.dropped)]
-            unknown = arrays.full((self.rows, int(self.generated.max()) - known.shape[1]), float("nan"), arrays.float32, known)
-            self._log_odds = arrays.cat([known, unknown], -1)
+        before, self.generated = self.generated, self.generated + found.tokens.shape[1] - found.dropped
+        self.conditions = self.conditions.rewind(before, found.dropped, int(self.generated.max()))
         tokens = arrays.integers(found.tokens, self.lm)
         kept = self.history.shape[1] - found.dropped
         self.history, self.mask = self.history[:, :kept], self.mask[:, :kept]
@@ -440,9 +422,6 @@ class Session:
     def stateful(self) -> bool:
         """Whether a control keeps columns, which can't be rewound."""
         return any(bool(columns) for columns in self.columns)
-
-
-_NEVER = sys.maxsize
 
 
 class _DisabledError(Exception):

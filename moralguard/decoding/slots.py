@@ -7,11 +7,12 @@ An adapter makes three calls: ``add``, ``step`` and ``remove``. Requests under t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moralguard.backends.arrays import Array, namespace_of
 from moralguard.controls.base import BoundControl
+from moralguard.decoding.conditions import gates_of
 from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.outcome import Failure, Outcome, RequestState
 from moralguard.decoding.session import Session
@@ -273,7 +274,8 @@ class Slots:
                     own_base=self._own_base,
                     gate=request.gate,
                     given_hidden=self._given_hidden,
-                    state=None if request.state is None else _resumed(request.state, len(read), self._arrays),
+                    state=None if request.state is None else request.state.resumed(len(read)),
+                    asked=[request.prompt],
                 )
                 _check_memory(request, len(read))
                 missed = len(read) - (0 if request.state is None else request.state.generated)
@@ -305,13 +307,6 @@ def _of_slots(batch: _Batch, failures: Iterable[Failure]) -> list[SlotFailure]:
     return [SlotFailure(batch.slots[failure.row], failure.control, failure.error) for failure in failures]
 
 
-def _resumed(state: RequestState, generated: int, arrays: Any) -> RequestState:
-    """The state at the start of the next step: a step whose token came meanwhile counts, one that is done again doesn't."""
-    if state.newest is None or generated == state.generated:
-        return state
-    return replace(state, log_odds=arrays.cat([state.log_odds, state.newest], -1), newest=None)
-
-
 def _check_memory(request: _Request, generated: int) -> None:
     """Raise where the gate looks back at steps that nobody remembers.
 
@@ -320,9 +315,9 @@ def _check_memory(request: _Request, generated: int) -> None:
     """
     seen = 0 if request.state is None else request.state.generated
     known = generated == seen or (request.state is not None and generated == seen + 1)
-    if request.gate is not None and request.gate.remembers and not known:
+    if not known and any(gate.remembers for gate in gates_of(request.gate, request.controls)):
         raise ControlError(
             f"the request has {generated} tokens, its gate saw {seen} steps, and what opens it depends on the others; hand `add` what "
-            "`park` gave, or use a gate without stay_open and risk_window",
+            "`park` gave, or use a gate (and `when`) without stay_open and risk_window",
             "gate",
         )

@@ -5,8 +5,10 @@ Shapes: R rows of logits, V vocabulary entries, C candidates, r rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from moralguard.backends.arrays import namespace_for
 
 if TYPE_CHECKING:  # or NumPy arrays, on a model without torch
     import torch
@@ -86,3 +88,19 @@ class Terms:
     terms: tuple[Term, ...] = ()
     rows: torch.Tensor | None = None
     carry: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def taken(terms: tuple[Term, ...], rows: torch.Tensor) -> tuple[Term, ...]:
+    """These rows (i64[n]) of terms."""
+    return tuple(replace(term, **{field.name: _rows_of(getattr(term, field.name), rows) for field in _by_row(term)}) for term in terms)
+
+
+def _by_row(term: Term) -> list[Field[Any]]:
+    """The parts of a term that have one row a row of logits: all but thresholds and the projection, which is shared."""
+    return [] if isinstance(term, Keep) else [field for field in fields(term) if field.name not in ("projection", "keep_rest")]
+
+
+def _rows_of(value: Any, rows: torch.Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rows_of(each, rows) for each in value)
+    return None if value is None else namespace_for(value).take_rows(value, rows)

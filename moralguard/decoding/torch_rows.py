@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
+from moralguard.backends.edits import ModuleEdits, apply_edits
 from moralguard.backends.hf import LanguageModel
 from moralguard.backends.kv_cache import (
     KeyValue,
@@ -18,9 +20,11 @@ from moralguard.backends.kv_cache import (
     key_values,
     select_rows,
 )
+from moralguard.backends.learned_prefix import LearnedPrefix
 from moralguard.backends.lora import LoraAdapter, apply_adapters
 from moralguard.backends.torch_arrays import pad_left
 from moralguard.decoding.likelihood import Likelihood
+from moralguard.decoding.torch_prefixes import first_cache, lengths_of, pads_first, reads_apart
 from moralguard.errors import PromptError
 
 
@@ -44,18 +48,22 @@ class RowGroup:
         hidden: bool = False,
         states: bool = False,
         counted_from: Sequence[int] | None = None,
+        edits: Sequence[ModuleEdits | None] = (),
+        prefixes: Sequence[LearnedPrefix | None] | None = None,
     ):
         self.lm = lm
         self.adapters = list(adapters)
+        self.edits = list(edits) or [None] * len(rows)
         self._sum_states, self._capture_states = states, states or counted_from is not None
         self._capture_hidden = hidden or self._capture_states
         width = max(len(row) for row in rows)
-        if lm.context_length is not None and width > lm.context_length:
+        before = [0] * len(rows) if prefixes is None else lengths_of(prefixes)
+        self.lengths = [n + len(row) for n, row in zip(before, rows, strict=True)]
+        if lm.context_length is not None and max(self.lengths) > lm.context_length:
             raise PromptError(
-                f"a pass of {lm.name} needs {width} tokens with its prefix, but its context holds {lm.context_length}; "
+                f"a pass of {lm.name} needs {max(self.lengths)} tokens with its prefix, but its context holds {lm.context_length}; "
                 "shorten the prompt or the prefix"
             )
-        self.lengths = [len(row) for row in rows]
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -65,9 +73,17 @@ class RowGroup:
         self.logits: torch.Tensor
         self.hidden: torch.Tensor | None = None
         self.hidden_sum: torch.Tensor | None = None
-        self.likelihood = None if counted_from is None else Likelihood(lm, self.lengths, counted_from)
-        self.cache = lm.new_cache()
+        self.likelihood = None if counted_from is None else Likelihood(lm, [len(row) for row in rows], counted_from)
+        if prefixes is None:
+            self.cache = lm.new_cache()
+        else:
+            self.cache, known = first_cache(prefixes)
+            self.mask = torch.cat([known, self.mask], dim=-1)
         self._forward(ids.to(lm.device), first=True)
+        if prefixes is not None:
+            self.mask = pads_first(self.cache, self.mask)
+            if self.likelihood is not None:
+                self.likelihood = self.likelihood.widened(self.mask.shape[1])
 
     @property
     def rewindable(self) -> bool:
@@ -77,7 +93,7 @@ class RowGroup:
         count = ids.shape[1]
         padded = min(self.lengths) < self.mask.shape[1]
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
-        with apply_adapters(self.adapters):
+        with apply_adapters(self.adapters), apply_edits(self.edits):
             output = self.lm.forward(
                 cache=self.cache,
                 input_ids=ids,
@@ -111,6 +127,7 @@ class RowGroup:
         index = rows.to(self.mask.device)
         select_rows(self.cache, index)
         self.adapters = [self.adapters[i] for i in rows.tolist()]
+        self.edits = [self.edits[i] for i in rows.tolist()]
         self.lengths = [self.lengths[i] for i in rows.tolist()]
         self.mask = self.mask[index]
         self.logits = self.logits[index]
@@ -140,6 +157,7 @@ class RowGroup:
         width = max(self.mask.shape[1], other.mask.shape[1])
         self.mask = torch.cat([pad_left(group.mask, width, 0) for group in (self, other)])
         self.adapters, self.lengths = self.adapters + other.adapters, self.lengths + other.lengths
+        self.edits = self.edits + other.edits
         self.logits = torch.cat([self.logits, other.logits])
         for name in ("hidden", "head_logits", "hidden_sum"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -162,3 +180,40 @@ class RowGroup:
     def key_values(self) -> list[KeyValue]:
         """Keys and values [R, heads, W, head_dim] a layer, the newest position included; views, not to be written to."""
         return key_values(self.cache)
+
+
+def read_rows(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    adapters: Sequence[LoraAdapter | None],
+    *,
+    prefixes: Sequence[LearnedPrefix | None] | None = None,
+    counted_from: Sequence[int] | None = None,
+    edits: Sequence[ModuleEdits | None] = (),
+    **kept: bool,
+) -> RowGroup:
+    """The group of these rows, read in one forward; one a length where a window would count padding behind a prefix as text.
+
+    Args: as ``RowGroup``; ``prefixes`` holds what each row begins behind.
+    """
+    if prefixes is None or not reads_apart(lm, rows, prefixes):
+        return RowGroup(lm, rows, adapters, prefixes=prefixes, counted_from=counted_from, edits=edits, **kept)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    groups = []
+    for _, same in groupby(order, key=lambda i: len(rows[i])):
+        own = list(same)
+        mine = [prefixes[i] for i in own]
+        group = RowGroup(
+            lm,
+            [rows[i] for i in own],
+            [adapters[i] for i in own],
+            prefixes=mine if any(mine) else None,
+            counted_from=None if counted_from is None else [counted_from[i] for i in own],
+            edits=[edits[i] for i in own] if edits else (),
+            **kept,
+        )
+        groups.append(group)
+    for other in groups[1:]:
+        groups[0].join(other)
+    groups[0].select(torch.tensor([order.index(row) for row in range(len(rows))]))
+    return groups[0]

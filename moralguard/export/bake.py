@@ -33,8 +33,9 @@ def head_change(lm: LanguageModel, policy: Policy) -> tuple[torch.Tensor, torch.
     active = [control for control in acting.effective_controls() if control.active]
     controls = [control for control in active if isinstance(control, NullspaceProjection)]
     others = sorted({control.control_name for control in active if not isinstance(control, NullspaceProjection)})
-    if others or acting.gate is not None or not controls:
-        reason = f"has {', '.join(others)}" if others else ("has a gate" if acting.gate is not None else "removes nothing")
+    gated = acting.gate is not None or any(control.when is not None for control in controls)
+    if others or gated or not controls:
+        reason = f"has {', '.join(others)}" if others else ("has a gate" if gated else "removes nothing")
         raise PolicyError(f"policy {policy.name!r} {reason}; only nullspace projections that always act can be baked into a head")
     if len(controls) > 1:
         raise PolicyError(f"policy {policy.name!r} has {len(controls)} projections; bake one, or fit one subspace for both concepts")

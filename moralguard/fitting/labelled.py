@@ -101,6 +101,17 @@ def read_pairs(source: Records, positive: str, negative: str) -> LabelledTexts:
     return checked(rows, (negative, positive))
 
 
+def read_text_pairs(source: Records, positive: str, negative: str) -> list[tuple[str, str]]:
+    """(positive text, negative text) of every row that ``read_pairs`` reads, repeats too.
+
+    Raises:
+        DataError: as ``read_labelled``.
+    """
+    advice = f"a pair has one in {positive!r} and one in {negative!r}"
+    rows = ([_words(record, name, where, advice) for name in (positive, negative)] for where, record in _records(source))
+    return [(high, low) for high, low in rows]
+
+
 def checked(rows: Iterable[tuple[str, int, str]], classes: Sequence[str]) -> LabelledTexts:
     """Rows (text, label, split) without repeats.
 

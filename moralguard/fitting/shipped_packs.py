@@ -14,13 +14,15 @@ from moralguard.fitting.expert_packs import fit_expert_packs
 from moralguard.fitting.experts import ExpertSettings
 from moralguard.fitting.labelled import LabelledTexts
 from moralguard.fitting.prefix_head import PrefixHeadSettings, train_prefix_head
-from moralguard.fitting.toxicity_rows import JUDGED, VALUES, Scorer, ToxicityRows, expert_rows, head_rows
+from moralguard.fitting.toxicity_rows import CLASSES, JUDGED, VALUES, Scorer, ToxicityRows, expert_rows, head_rows
+from moralguard.fitting.vectors import fit_vectors
 from moralguard.packs import write_pack
 from moralguard.schema import nearest
 
 EXPERTS = ExpertSettings(steps=250, batch_size=24, max_tokens=40)
 PREFIX_HEADS = PrefixHeadSettings(max_tokens=40, bfloat16=True)
-NAMES = ("experts", *(f"{name}-head" for name in VALUES), "toxicity-attribute")
+VECTOR_LAYERS = (6, 9, 12, 15, 18, 21)
+NAMES = ("experts", *(f"{name}-head" for name in VALUES), "toxicity-attribute", "civil-vector")
 
 
 def fit_shipped_packs(
@@ -41,6 +43,8 @@ def fit_shipped_packs(
             written += _experts(lm, expert_rows(folder, score), place, say)
         elif name == "toxicity-attribute":
             written.append(_attribute(lm, head_rows(folder, score, "offence"), place / name))
+        elif name == "civil-vector":
+            written.append(_vector(lm, head_rows(folder, score, "offence"), place / name))
         else:
             written.append(_prefix(lm, folder, score, name.removesuffix("-head"), place / name))
         say(f"written: {name}")
@@ -89,5 +93,22 @@ def _attribute(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
         settings={"target": 1, "layer": fitted.layer, "pooling": fitted.pooling, "classes": list(fitted.classes), "max_tokens": 40},
         metrics=fitted.metrics,
         description="Tells texts that keep from texts that break the value; for PPLM.",
+        values=(VALUES["offence"],),
+    )
+
+
+def _vector(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
+    fitted = fit_vectors(lm, rows.texts, kept=CLASSES[1], layers=VECTOR_LAYERS, pooling="mean", max_tokens=40)
+    fitted.save(place)
+    return write_pack(
+        place,
+        kind="steering-vectors",
+        method=fitted.method,
+        lm=lm,
+        name="civil-vector",
+        data=rows.data,
+        settings=fitted.settings,
+        metrics=fitted.metrics,
+        description="Moves states from texts that break the value towards texts that keep it.",
         values=(VALUES["offence"],),
     )

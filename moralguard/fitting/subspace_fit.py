@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moralguard.backends.edits import layer_modules
 from moralguard.backends.hf import LanguageModel
 from moralguard.errors import DataError, ModelError
 from moralguard.fitting.directions import fit_class_means, fit_word_odds, law_metric
@@ -58,9 +59,10 @@ def fit_subspace(
     seed: int = 0,
     max_tokens: int = 64,
     mlp: bool = False,
+    layer: int = LAST,
     progress: Progress = lambda done, total: None,
 ) -> SubspaceFit:
-    """Fit on the training rows' last-token states behind the final norm; the probes are scored on all other rows.
+    """Fit on the training rows' last-token states at one layer; the probes are scored on all other rows.
 
     Args:
         counterparts: token ids of words, one of each class. With them ``directions`` takes away log-odds between words
@@ -68,6 +70,7 @@ def fit_subspace(
         rank: ``leace`` and class means: the strongest directions alone; ``directions`` with counterparts: at most so many pairs of
             words, those first that the model finds likeliest behind the texts. ``inlp`` has ``rounds`` (8) instead.
         mlp: probe with a network too.
+        layer: -1, behind the final norm (for ``NullspaceProjection``), or the state behind so many layers (``LayerProjection``).
 
     Raises:
         DataError: settings that the method doesn't have, no rows outside the training split, or rows that can't be fitted.
@@ -79,14 +82,21 @@ def fit_subspace(
         raise DataError(f"rank {rank}: inlp takes --rounds and no rank" if method == "inlp" else f"rank is {rank}; expected at least 1")
     if rounds is not None and (method != "inlp" or rounds < 1):
         raise DataError(f"rounds is {rounds}; expected at least 1" if method == "inlp" else f"{method} has no rounds; leave them out")
+    if counterparts and layer != LAST:
+        raise DataError(
+            f"words' log-odds are read from the head's states, not from layer {layer}; leave the layer out, or use leace or inlp"
+        )
+    last = len(layer_modules(lm)) - 1 if layer != LAST else LAST
+    if layer != LAST and not 1 <= layer <= last:
+        raise DataError(f"layer is {layer}; expected 1 to {last}, or {LAST} for the states that the head reads")
     held = torch.tensor([row.split != "train" for row in texts.rows])
     if not bool(held.any()):
         raise DataError("every row is of the training split, so nothing can be probed; give some rows the split dev or test")
     rows = encode_texts(lm, [row.text for row in texts.rows], max_tokens)
-    states = pooled_states(lm, rows, poolings=("last",), progress=progress)[LAST, "last"]
+    states = pooled_states(lm, rows, layers=(layer,), poolings=("last",), progress=progress)[layer, "last"]
     labels = torch.tensor([row.label for row in texts.rows])
     x, y = states[~held], labels[~held]
-    settings: dict[str, Any] = {"method": method, "classes": list(texts.classes), "seed": seed, "max_tokens": max_tokens}
+    settings: dict[str, Any] = {"method": method, "classes": list(texts.classes), "layer": layer, "seed": seed, "max_tokens": max_tokens}
     metrics: dict[str, Any] = {}
     if method == "leace":
         subspace = fit_leace(x, y, rank=rank, shrinkage=SHRINKAGE)

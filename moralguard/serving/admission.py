@@ -130,13 +130,26 @@ def decoding(admitted: Admitted, body: Sampling, most_tokens: int) -> DecodingSe
 
 
 def generations(
-    state: ServerState, admitted: Admitted, body: Sampling, prompts: Sequence[list[int]], asked: int | None, logprobs: int | None
+    state: ServerState,
+    admitted: Admitted,
+    body: Sampling,
+    prompts: Sequence[list[int]],
+    asked: int | None,
+    logprobs: int | None,
+    sources: Sequence[PromptLike] | None = None,
 ) -> list[Generation]:
     """n continuations of every prompt, prompt by prompt.
 
+    Args:
+        sources: the prompts as they were given, for a policy's review.
+
     Raises:
-        ApiError: 400 where they are more than the server ever takes on at once, or don't fit the context.
+        ApiError: 400 where they are more than the server ever takes on at once, or don't fit the context, or where log-probabilities of
+            a text are asked for that a review may replace.
     """
+    if logprobs is not None and admitted.guard is not None and admitted.guard.review:
+        message = f"logprobs: policy {admitted.policy!r} reviews texts and may replace them; leave the field out"
+        raise ApiError(400, message, "unsupported_parameter", "logprobs")
     n = body.n or 1
     check_number(state, len(prompts) * n)
     seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -162,6 +175,7 @@ def generations(
                     logprobs=logprobs,
                     trace=admitted.trace,
                     stream=bool(body.stream),
+                    source=None if sources is None else sources[number],
                 )
             )
     return found

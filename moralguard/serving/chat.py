@@ -47,9 +47,10 @@ def _prepare(state: ServerState, body: ChatRequest, header: str | None) -> tuple
     admitted = admit(state, body.moralguard, header)
     if getattr(state.tokenizer, "chat_template", None) is None:
         raise ApiError(400, "this model has no chat template; use POST /v1/completions, or start the server with one", "no_chat_template")
-    ids = encode(state, [message.turn for message in body.messages], "messages")
+    turns = [message.turn for message in body.messages]
+    ids = encode(state, turns, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return admitted, generations(state, admitted, body, [ids], body.most_tokens, logprobs), len(ids)
+    return admitted, generations(state, admitted, body, [ids], body.most_tokens, logprobs, [turns]), len(ids)
 
 
 def _answer(state: ServerState, body: ChatRequest, run: Run) -> ChatCompletion:
@@ -59,7 +60,7 @@ def _answer(state: ServerState, body: ChatRequest, run: Run) -> ChatCompletion:
         choices.append(
             ChatChoice(
                 index=index,
-                message=ChatMessage(content=state.settings.refusal if denied else generation.text),
+                message=ChatMessage(content=state.refusal(generation) if denied else generation.text),
                 logprobs=chat_logprobs(state.strings, generation.scores) if body.logprobs and not denied else None,
                 finish_reason=finish_reason(generation),
             )
@@ -86,4 +87,4 @@ def _stream(state: ServerState, body: ChatRequest, run: Run) -> EventStream:
     ]
     head = {"id": run.id, "object": "chat.completion.chunk", "created": run.created, "model": state.settings.served_model_name}
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(run, head, chunk, first, state.settings.refusal, usage)
+    return EventStream(run, head, chunk, first, state.refusal, usage)

@@ -79,7 +79,7 @@ def _prepare(state: ServerState, body: CompletionRequest, header: str | None) ->
         for prompt, each in zip(prompts, ids, strict=True)
     ]
     scored = [_scoring(state, admitted, each, body.logprobs or 0) if scoring else None for each in ids]
-    drawn: list[Generation] = generations(state, admitted, body, ids, tokens, body.logprobs) if tokens else []
+    drawn: list[Generation] = generations(state, admitted, body, ids, tokens, body.logprobs, prompts) if tokens else []
     return admitted, [_Choice(texts[i], ids[i], scored[i], drawn[i * n + j] if drawn else None) for i in range(len(ids)) for j in range(n)]
 
 
@@ -120,8 +120,9 @@ def _answer(state: ServerState, body: CompletionRequest, run: Run, choices: Sequ
 
 
 def _choice(state: ServerState, body: CompletionRequest, index: int, choice: _Choice) -> CompletionChoice:
-    if any(part.decision == "deny" for part in choice.parts):
-        return CompletionChoice(index=index, text=state.settings.refusal, finish_reason="content_filter")
+    denied = next((part for part in choice.parts if part.decision == "deny"), None)
+    if denied is not None:
+        return CompletionChoice(index=index, text=state.refusal(denied), finish_reason="content_filter")
     text = choice.prompt if body.echo else ""
     if choice.drawn is not None:
         text += choice.drawn.text
@@ -159,4 +160,4 @@ def _stream(state: ServerState, body: CompletionRequest, run: Run, choices: Sequ
         first = [chunk(index, choice.prompt if body.echo else "", (), reason) for index, choice in enumerate(choices)]
     head = {"id": run.id, "object": "text_completion", "created": run.created, "model": state.settings.served_model_name}
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(run, head, chunk, first, state.settings.refusal, usage)
+    return EventStream(run, head, chunk, first, state.refusal, usage)

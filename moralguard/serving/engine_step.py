@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
 
 from moralguard.backends.arrays import namespace_of
+from moralguard.decoding.loop import FLAGGED
 from moralguard.decoding.rectification import rectify
 from moralguard.decoding.slots import SlotStep
 from moralguard.serving.generation import Generation, Piece
@@ -53,7 +54,7 @@ class Drawer:
             if emptied[row] and not generation.open_on_error:
                 if guard is not None:
                     guard.counters.add(failed_closed=1)
-                generation.deny("guard_error", "rectification", "every token was removed")
+                generation.deny("guard_error", "rectification", step.outcome.why_emptied(row))
                 continue
             if emptied[row] and guard is not None:
                 guard.counters.add(failed_open=1)
@@ -76,7 +77,7 @@ class Drawer:
         traced = next(
             (g for slot, g in zip(step.slots, rows, strict=True) if g.trace and g.guard is not None and slot not in unguarded), None
         )
-        given = [None if g.given is None else g.given[len(g.token_ids)] for g in rows]
+        given = [g.forced for g in rows]
         if traced is None and all(token is not None for token in given):
             return [int(token) for token in given if token is not None], [False] * len(rows), []
         keys = arrays.integers([generation.key for generation in rows], self.lm)
@@ -111,6 +112,8 @@ class Drawer:
             return
         if not generation.first_token:
             generation.first_token = time.monotonic()
+        if generation.watch is not None and self._flagged(generation, token):
+            return
         if generation.stream or generation.stop:
             piece = text.push(token)
             if generation.stream and piece:
@@ -119,6 +122,16 @@ class Drawer:
             generation.end("stop")
         elif len(generation.token_ids) >= generation.settings.max_new_tokens:
             generation.end("length")
+
+    def _flagged(self, generation: Generation, token: int) -> bool:
+        """Whether its watch ends it; a watch that fails ends it, too, and nothing beside it."""
+        try:
+            if generation.watch is not None and generation.watch(token):
+                generation.end(FLAGGED)
+        except Exception as error:
+            _log.error("a watch failed: %s", whereabouts(error))
+            generation.deny("engine_error", None, type(error).__name__)
+        return bool(generation.finish_reason)
 
     def _tell(self, generation: Generation, piece: str) -> None:
         told = self._told.get(generation, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from moralguard.decoding.loop import noise_key
 from moralguard.decoding.settings import DecodingSettings
@@ -52,13 +52,17 @@ class Generation:
         stop: strings before which the text ends. stop_ids: tokens that end it like an end-of-text token.
         logprobs: how many of the most probable tokens to tell of each position; None tells nothing.
         trace: record what the guard did at every token.
+        attempt, retry, kept: as of a ``Completion``: drafts of a review.
+        watch: told of each token behind ``kept`` and before; true ends the continuation with finish_reason ``FLAGGED``.
+        source: the prompt as the request gave it, for reviews. refusal: in place of the server's own, where a review chose one.
         notify: called in the engine's thread with each piece of text (where ``stream``), and with None at the end. It must not raise.
 
         token_ids, text, scores, traces: what came of it; ``text`` is complete at the end only.
         rows_guarded, interventions: tokens that were rectified, and those at which a control acted.
         failed_open: control failures that were passed over because the policy says so.
-        finish_reason: "stop", "length", "content_filter" or "cancelled"; "" while it runs.
-        reason: "guard_error", "engine_error" or "time_limit" where one of these ended it; failed_control, error_type say more.
+        finish_reason: "stop", "length", "content_filter" or "cancelled" (a draft's: FLAGGED, too); "" while it runs.
+        reason: "guard_error", "engine_error", "time_limit" or "review" where one of these ended it; failed_control (a review's method),
+            error_type say more.
         submitted, started, first_token, ended: seconds of ``time.monotonic()``; 0 where it didn't come to that.
     """
 
@@ -75,6 +79,12 @@ class Generation:
     logprobs: int | None = None
     trace: bool = False
     stream: bool = False
+    attempt: int = 0
+    retry: int = 0
+    kept: Sequence[int] = ()
+    watch: Callable[[int], bool] | None = None
+    source: Any = None
+    refusal: str | None = None
     notify: Callable[[Generation, Piece | None], None] = lambda generation, piece: None
 
     token_ids: list[int] = field(default_factory=list)
@@ -95,7 +105,13 @@ class Generation:
     ended: float = 0.0
 
     def __post_init__(self) -> None:
-        self.key = noise_key(self.seed, self.prompt_ids, self.return_index)
+        self.key = noise_key(self.seed, self.prompt_ids, self.return_index, self.attempt, self.retry)
+
+    @property
+    def forced(self) -> int | None:
+        """The token that is read in place of a drawn one: the next given or kept; None draws."""
+        known = self.kept if self.given is None else self.given
+        return int(known[len(self.token_ids)]) if len(self.token_ids) < len(known) else None
 
     @property
     def open_on_error(self) -> bool:

@@ -66,6 +66,15 @@ class ServedGuards:
             self._scaled.move_to_end(key)
             return self._scaled[key]
 
+    def refuse_review(self, path: str) -> None:
+        """For stacks that see tokens and no whole texts; as ``Guard.refuse_review``.
+
+        Raises:
+            UnsupportedPathError: a served policy has review methods that act.
+        """
+        for guard in self._served.values():
+            guard.refuse_review(path)
+
     def counters(self) -> dict[str, dict[str, int]]:
         """What was guarded so far, by policy id; strengths of one policy are added up."""
         totals = {policy_id: guard.counters.as_dict() for policy_id, guard in self._served.items()}

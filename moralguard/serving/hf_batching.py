@@ -144,8 +144,8 @@ def guarded_batching(model: Any, guards: Guard | ServedGuards) -> Iterator[Any]:
         guards: one guard for all requests, or the policies that requests may name.
 
     Raises:
-        UnsupportedPathError: a transformers before 5.19, another model, one that is already guarded, or settings that keep tokens from
-            the host.
+        UnsupportedPathError: a transformers before 5.19, another model, one that is already guarded, settings that keep tokens from
+            the host, or a policy with ``review``.
         PolicyError: a request (``add_request``) names a policy that isn't served. PromptError: it has no tokens, or ids that are none.
     """
     if Version(transformers.__version__) < _OLDEST:
@@ -153,6 +153,7 @@ def guarded_batching(model: Any, guards: Guard | ServedGuards) -> Iterator[Any]:
             f"the continuous batching of transformers {transformers.__version__} draws tokens past the guard; it is covered from "
             f"{_OLDEST} on"
         )
+    guards.refuse_review("continuous batching")
     target: Any = model  # the analyser takes the comparison below for a proof of its type
     if kind_of(guards.lm) != "torch" or weights_of(guards.lm) is not target:
         raise UnsupportedPathError("guarded_batching got another model than the guard was built with; build a Guard for it")

@@ -29,10 +29,11 @@ class LlamaGuard:
 
     Raises:
         ModelError: their vocabularies differ.
-        UnsupportedPathError: llama has a draft model.
+        UnsupportedPathError: llama has a draft model, or the policy has ``review``.
     """
 
     def __init__(self, guard: Guard, llama: Any):
+        guard.refuse_review("llama.cpp")
         if llama.n_vocab() != guard.lm.vocab_size:
             raise ModelError(
                 f"llama.cpp's model has {llama.n_vocab()} tokens, {guard.lm.name} has {guard.lm.vocab_size}; build the guard with the same "
@@ -95,6 +96,7 @@ class CompletionProcessor:
     """
 
     def __init__(self, guard: Guard, end_id: int, temperature: float = 1.0):
+        guard.refuse_review("llama.cpp")
         self._guard, self._end_id = guard, end_id
         self._open = guard.policy.on_error == "open"
         self._torch = kind_of(guard.lm) == "torch"

@@ -59,7 +59,7 @@ class Metrics:
         label = generation.policy or "none"
         self._requests.labels(label, generation.decision, generation.finish_reason).inc()
         self._failed_open.labels(label).inc(generation.failed_open)
-        self._failed_closed.labels(label).inc(int(generation.decision == "deny"))
+        self._failed_closed.labels(label).inc(int(generation.decision == "deny" and generation.reason != "review"))
         if generation.first_token:
             self._first.labels(label).observe(generation.first_token - generation.submitted)
         self._whole.labels(label).observe(generation.ended - generation.submitted)

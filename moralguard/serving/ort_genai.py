@@ -31,12 +31,13 @@ class GenaiGuard:
         model: the ``onnxruntime_genai.Model`` of that folder.
 
     Raises:
-        ModelError: the guard's model isn't an ONNX model.
+        ModelError: the guard's model isn't an ONNX model. UnsupportedPathError: the policy has ``review``.
     """
 
     def __init__(self, guard: Guard, model: Any):
         if kind_of(guard.lm) != "numpy":
             raise ModelError(f"{guard.lm.name} is a PyTorch model; build the guard with the model's ONNX folder, mg.Guard(policy, folder)")
+        guard.refuse_review("onnxruntime-genai")
         self.guard, self._model = guard, model
 
     def generate(self, prompt: PromptLike, *, max_new_tokens: int, **search: Any) -> list[int]:

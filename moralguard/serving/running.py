@@ -54,7 +54,7 @@ class Run:
         """
         for generation in self.generations:
             generation.notify = self._notify
-        self._state.engine.submit(self.generations)
+        self._state.submit(self.generations)
 
     def _notify(self, generation: Generation, piece: Piece | None) -> None:
         with suppress(RuntimeError):  # the loop was closed: nobody waits any more

@@ -238,7 +238,7 @@ class RunningRequests:
         for i, slot in enumerate(step.slots):
             request = self._requests[slot]
             if emptied[i]:
-                error = ControlError("the controls together removed every token; loosen a filter or a strength", "rectification")
+                error = ControlError(outcome.why_emptied(i), "rectification")
                 self._failed(slot, "rectification", error, errors)
             elif touched[i]:
                 request.count(rows_touched=1)

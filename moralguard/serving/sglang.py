@@ -61,10 +61,11 @@ class RequestRows:
         guards: the served policies, or one guard.
 
     Raises:
-        PolicyError: the model has no end-of-text token, with which requests are ended.
+        PolicyError: the model has no end-of-text token, with which requests are ended. UnsupportedPathError: a policy has ``review``.
     """
 
     def __init__(self, guards: Guard | ServedGuards):
+        guards.refuse_review("SGLang")
         self._guards, lm = guards, guards.lm
         self._end_id = end_of_text(lm)
         self._running = RunningRequests(lm)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from moralguard.errors import ModelError, PolicyError
 from moralguard.guard import Guard
+from moralguard.review.refusals import REFUSALS
 from moralguard.schema import StrictModel
 from moralguard.serving.audit import AuditLog
 from moralguard.serving.config import ServingConfig
-from moralguard.serving.engine import Engine
+from moralguard.serving.engine import BusyError, Engine
+from moralguard.serving.generation import Generation
 from moralguard.serving.guards import ServedGuards
 from moralguard.serving.metrics import Metrics
+from moralguard.serving.reviewing import Reviews, is_reviewed
 from moralguard.serving.token_strings import TokenStrings
 
 if TYPE_CHECKING:
@@ -33,7 +37,8 @@ class ServerSettings(StrictModel):
         default_max_tokens: tokens of a chat answer at most where the request gives no number.
         max_seconds: how long one continuation may run.
         max_body_bytes: of a request.
-        refusal: the text of denied answers. It mustn't be empty: clients count an empty answer as an attack that succeeded.
+        refusal: the text of denied answers; a policy's review has refusals of its own. It mustn't be empty: clients count an empty answer
+            as an attack that succeeded.
     """
 
     served_model_name: Annotated[str, Field(min_length=1)] = "model"
@@ -42,7 +47,7 @@ class ServerSettings(StrictModel):
     default_max_tokens: Annotated[int, Field(ge=1)] = 1024
     max_seconds: Annotated[float, Field(gt=0)] = 600.0
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**20
-    refusal: Annotated[str, Field(min_length=1)] = "I'm sorry, but I can't assist with that."
+    refusal: Annotated[str, Field(min_length=1)] = REFUSALS["latin"]
 
 
 class ServerState:
@@ -72,11 +77,33 @@ class ServerState:
             max_seconds=settings.max_seconds,
             observer=self.metrics,
         )
+        self.reviews = Reviews(self.engine)
         self.metrics.watch(lambda: self.engine.running, lambda: self.engine.waiting)
         self.strings = TokenStrings(lm.tokenizer)
         self.audit_failed = False
         self._digests: OrderedDict[Guard, str | None] = OrderedDict()
         self._lock = threading.Lock()
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Have continuations run, under review where their policy has one.
+
+        Raises:
+            BusyError: there is no room; nothing was begun.
+        """
+        reviewed = [generation for generation in generations if is_reviewed(generation)]
+        plain = [generation for generation in generations if not is_reviewed(generation)]
+        if plain:
+            self.engine.submit(plain)
+        if reviewed:
+            try:
+                self.reviews.submit(reviewed)
+            except BusyError:
+                self.engine.cancel(plain)
+                raise
+
+    def refusal(self, generation: Generation) -> str:
+        """The text of a denied answer."""
+        return self.settings.refusal if generation.refusal is None else generation.refusal
 
     @property
     def tokenizer(self) -> Any:

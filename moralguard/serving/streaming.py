@@ -28,11 +28,13 @@ class EventStream(StreamingResponse):
         head: what every chunk holds beside ``choices``.
         chunk: makes the entries of ``choices``.
         first: entries that are sent before anything is generated; where nothing is, they are the whole answer.
-        refusal: the text of a denied choice. Behind text that was sent before, it stands in a paragraph of its own.
+        refusal: says the text of a denied choice. Behind text that was sent before, it stands in a paragraph of its own.
         usage: send a last chunk with the usage and no choices.
     """
 
-    def __init__(self, run: Run, head: dict[str, Any], chunk: Chunk, first: list[dict[str, Any]], refusal: str, usage: bool):
+    def __init__(
+        self, run: Run, head: dict[str, Any], chunk: Chunk, first: list[dict[str, Any]], refusal: Callable[[Generation], str], usage: bool
+    ):
         self._run, self._head, self._chunk, self._first = run, head, chunk, first
         self._refusal, self._usage = refusal, usage
         super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -77,7 +79,7 @@ class EventStream(StreamingResponse):
                 continue
             left -= 1
             if generation.decision == "deny":
-                yield self._data([self._chunk(choice, ("\n\n" if generation in spoken else "") + self._refusal, (), None)])
+                yield self._data([self._chunk(choice, ("\n\n" if generation in spoken else "") + self._refusal(generation), (), None)])
             last = self._chunk(choice, "", (), finish_reason(generation))
             if left:
                 yield self._data([last])

@@ -39,10 +39,11 @@ class EngineRequests:
         most: at least the engine's largest batch.
 
     Raises:
-        PolicyError: the model has no end-of-text token, with which requests are ended.
+        PolicyError: the model has no end-of-text token, with which requests are ended. UnsupportedPathError: a policy has ``review``.
     """
 
     def __init__(self, guards: Guard | ServedGuards, most: int = _MOST):
+        guards.refuse_review("TensorRT-LLM")
         self._guards, self._most = guards, most
         lm = guards.lm
         self._end_id = end_of_text(lm)

@@ -60,6 +60,7 @@ class Worker:
         device = str(getattr(vllm_config.device_config, "device_type", "cpu"))
         lm = load_model(served.model, dtype=served.dtype, device=device) if config.model is None else load_model(config.model)
         self.guards = ServedGuards(config, lm, lacks=("grad", "cache"), stack="vLLM")
+        self.guards.refuse_review("vLLM")
         if lm.vocab_size > served.get_vocab_size():
             raise PolicyError(
                 f"the guard's model {lm.name} has {lm.vocab_size} tokens, vLLM's {served.get_vocab_size()}; name the same model"

@@ -23,15 +23,23 @@ def marked_text(prompt: str, trace: Sequence[TokenTrace]) -> Text:
     return text
 
 
-def comparison(prompt: str, unguarded: str, trace: Sequence[TokenTrace], policy: str) -> RenderableType:
-    """Unguarded and guarded text, then the table of what acted."""
+def comparison(prompt: str, unguarded: str, trace: Sequence[TokenTrace], policy: str, replaced: str | None = None) -> RenderableType:
+    """Unguarded and guarded text, then the table of what acted.
+
+    Args:
+        replaced: what a review put in the guarded text's place, whose tokens the trace doesn't tell.
+    """
     plain = Text(prompt, style="dim") + Text(unguarded)
     changed = sum(record.changed for record in trace)
     subtitle = f"{changed} of {len(trace)} tokens changed (coloured)"
+    guarded = marked_text(prompt, trace)
+    if replaced is not None:
+        apart = "" if replaced[:1].isspace() else "\n"
+        guarded, subtitle = Text(prompt + apart, style="dim") + Text(replaced), "replaced by the policy's review"
     return Group(
         Panel(plain, title="unguarded", title_align="left", border_style="red"),
-        Panel(marked_text(prompt, trace), title=f"guarded by {policy}", title_align="left", subtitle=subtitle, border_style="green"),
-        acting_table(trace),
+        Panel(guarded, title=f"guarded by {policy}", title_align="left", subtitle=subtitle, border_style="green"),
+        *([acting_table(trace)] if trace or replaced is None else []),
     )
 
 

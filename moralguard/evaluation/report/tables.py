@@ -77,7 +77,7 @@ def as_markdown(evaluation: Evaluation, language: str = "en") -> str:
     if evaluation.agreements:
         head = [labels.ui(name) for name in ("judges", "texts", "kappa", "correlation")]
         rows = [[f"{a.first} \N{MIDDLE DOT} {a.second}", str(a.n), _two(a.kappa), _two(a.correlation)] for a in evaluation.agreements]
-        parts += [f"## {labels.ui('agreement')}", _table(head, rows, "lrrr")]
+        parts += [f"## {labels.ui('agreement')}", markdown_table(head, rows, "lrrr")]
     if evaluation.latencies:
         head = [labels.ui(name) for name in ("condition", "ms_per_token", "ratio", "rounds")]
         rows = [
@@ -89,7 +89,7 @@ def as_markdown(evaluation: Evaluation, language: str = "en") -> str:
             ]
             for e in evaluation.latencies
         ]
-        parts += [f"## {labels.ui('latency')}", _table(head, rows, "lrrr")]
+        parts += [f"## {labels.ui('latency')}", markdown_table(head, rows, "lrrr")]
     if warnings := warnings_of(evaluation, labels):
         parts += [f"## {labels.ui('warnings')}", "\n".join(f"- {inline(warning)}" for warning in warnings)]
     return "\n\n".join(parts) + "\n"
@@ -125,7 +125,7 @@ def readme_table(evaluation: Evaluation, language: str = "en") -> str:
     guarded = conditions[0].name if len(conditions) == 1 else labels.ui("guarded")
     head = [labels.ui("measure"), *([labels.ui("condition")] if several else []), labels.ui("unguarded"), guarded]
     head += [f"{labels.ui('difference')} (95 %)", labels.ui("p"), labels.ui("outcome")]
-    return _table(head, rows, "l" + ("l" if several else "") + "rrrrl")
+    return markdown_table(head, rows, "l" + ("l" if several else "") + "rrrrl")
 
 
 def update_between_markers(text: str, name: str, table: str) -> str:
@@ -163,14 +163,15 @@ def _comparisons(measures: Sequence[Measure], evaluation: Evaluation, labels: La
         shown = [f"{row[k]['value']} {row[k]['interval']}" if row[k] else "\N{EN DASH}" for k in ("unguarded", "guarded", "difference")]
         told = f"{row['sign']} {row['told']}"
         rows.append([name, *([row["condition"]] if several else []), *shown, row["p"] or "\N{EN DASH}", told])
-    return _table(head, rows, "l" + ("l" if several else "") + "rrrrl")
+    return markdown_table(head, rows, "l" + ("l" if several else "") + "rrrrl")
 
 
 def _two(number: float | None) -> str:
     return "\N{EN DASH}" if number is None else plain(number, 2)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """A table in Markdown; ``alignment`` has an l or an r a column."""
     rule = ["---:" if side == "r" else "---" for side in alignment]
     lines = [[inline(cell) for cell in head], rule, *([inline(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -12,7 +12,7 @@ from moralguard.controls import BoundControl, Control, Sparse, Step, Terms
 from moralguard.errors import PolicyError
 
 
-class WordList(Control):
+class DiscouragedWords(Control):
     """z' = z + bias on the first token of each discouraged word, in all its spellings: with and without a leading space or capital.
 
     A first token may also begin other words, so a strong bias costs those too.
@@ -22,7 +22,7 @@ class WordList(Control):
         bias: added to their logits, negative to discourage; 0 deactivates.
     """
 
-    control_name: ClassVar[str] = "word-list"
+    control_name: ClassVar[str] = "discouraged-words"
 
     discouraged: Annotated[tuple[int | str, ...], Field(min_length=1)]
     bias: float = -5.0
@@ -31,7 +31,7 @@ class WordList(Control):
     def active(self) -> bool:
         return self.bias != 0
 
-    def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundWordList:
+    def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundDiscouragedWords:
         ids: set[int] = set()  # distinct: a sparse term names each id once a row
         for word in self.discouraged:
             if isinstance(word, str):
@@ -39,12 +39,14 @@ class WordList(Control):
             elif 0 <= word < lm.vocab_size:
                 ids.add(word)
             else:
-                raise PolicyError(f"word-list holds token id {word}, outside the vocabulary of {lm.name} (0 to {lm.vocab_size - 1})")
-        return BoundWordList(self, lm, torch.tensor(sorted(ids), device=lm.device))
+                raise PolicyError(
+                    f"discouraged-words holds token id {word}, outside the vocabulary of {lm.name} (0 to {lm.vocab_size - 1})"
+                )
+        return BoundDiscouragedWords(self, lm, torch.tensor(sorted(ids), device=lm.device))
 
 
-class BoundWordList(BoundControl[WordList]):
-    def __init__(self, settings: WordList, lm: LanguageModel, ids: torch.Tensor):
+class BoundDiscouragedWords(BoundControl[DiscouragedWords]):
+    def __init__(self, settings: DiscouragedWords, lm: LanguageModel, ids: torch.Tensor):
         super().__init__(settings, lm)
         self.ids = ids
 
@@ -56,11 +58,11 @@ class BoundWordList(BoundControl[WordList]):
 
 def first_tokens(lm: LanguageModel, word: str) -> set[int]:
     if lm.tokenizer is None:
-        raise PolicyError(f"word-list holds the word {word!r}, but {lm.name} was given without a tokenizer; give token ids")
+        raise PolicyError(f"discouraged-words holds the word {word!r}, but {lm.name} was given without a tokenizer; give token ids")
     bare = word.strip()
     spellings = {space + form for space in ("", " ") for form in (bare, bare.capitalize())}
     encoded = [lm.tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in spellings]
     found = {int(ids[0]) for ids in encoded if ids}
     if not found:
-        raise PolicyError(f"word-list holds {word!r}, which has no token in the vocabulary of {lm.name}")
+        raise PolicyError(f"discouraged-words holds {word!r}, which has no token in the vocabulary of {lm.name}")
     return found
