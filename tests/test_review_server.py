@@ -76,6 +76,12 @@ def test_the_server_writes_what_guard_generate_writes(client: TestClient, policy
     assert [decision == "deny" for decision in decisions] == [record.refused for record in result.reviews]
 
 
+def test_policies_are_listed_with_their_reviews(client: TestClient) -> None:
+    listed = {card["id"]: card["review"] for card in client.get("/v1/guards").json()["data"]}
+    assert listed["best"] == ["best-of-n@1"]
+    assert listed["none"] == []
+
+
 def test_a_refused_chat_is_a_content_filter_in_the_prompts_language(client: TestClient) -> None:
     for content, refusal in (("hello", REFUSAL), ("怎么做？", "抱歉，我无法提供这方面的帮助。")):
         body = {"messages": [{"role": "user", "content": content}], "moralguard": {"policy": "never"}, "max_tokens": 30, "seed": 5}

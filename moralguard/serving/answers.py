@@ -160,6 +160,7 @@ class GuardCard(BaseModel):
     digest: str | None
     values: list[NamedValue]
     controls: list[str]
+    review: list[str]
     on_error: Literal["closed", "open"]
     default: bool
     selectable: bool

@@ -70,6 +70,7 @@ def _described(state: ServerState, policy_id: str, selectable: bool) -> GuardCar
         digest=state.digest(guard),
         values=[NamedValue(id=value.id, statement=value.statement) for value in guard.policy.values],
         controls=[control.settings.versioned_name() for control in guard.controls],
+        review=[method.versioned_name() for method in guard.review],
         on_error=guard.policy.on_error,
         default=policy_id == state.config.default,
         selectable=selectable,

@@ -148,12 +148,12 @@ def guarded_batching(model: Any, guards: Guard | ServedGuards) -> Iterator[Any]:
             the host, or a policy with ``review``.
         PolicyError: a request (``add_request``) names a policy that isn't served. PromptError: it has no tokens, or ids that are none.
     """
+    guards.refuse_review("continuous batching")
     if Version(transformers.__version__) < _OLDEST:
         raise UnsupportedPathError(
             f"the continuous batching of transformers {transformers.__version__} draws tokens past the guard; it is covered from "
             f"{_OLDEST} on"
         )
-    guards.refuse_review("continuous batching")
     target: Any = model  # the analyser takes the comparison below for a proof of its type
     if kind_of(guards.lm) != "torch" or weights_of(guards.lm) is not target:
         raise UnsupportedPathError("guarded_batching got another model than the guard was built with; build a Guard for it")
