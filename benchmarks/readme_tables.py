@@ -1,4 +1,4 @@
-"""Tables of README.md and README.zh-CN.md, made from the committed results; CI runs it with --check.
+"""Tables of README.md, README.zh-CN.md and docs/methods/README.md, made from the committed results; CI runs it with --check.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moralguard.evaluation.report.side_by_side import side_by_side
 from moralguard.evaluation.report.tables import readme_table, update_between_markers
 from moralguard.evaluation.results import Evaluation
 
@@ -35,6 +36,12 @@ SHOWN = (
     ("compliance", "harm"),
     ("red-team", "attack_success"),
 )
+METHODS = ROOT / "docs" / "methods" / "README.md"
+BESIDE = (  # the columns of the comparison of all controls
+    *(("toxicity", name) for name in ("expected_maximum", "toxicity_probability", "perplexity", "dist_2", "dist_3")),
+    ("fluency", "unchanged"),
+)
+OUTSIDE = (None, "profanity", "hatesonar")  # judges that took no part in any fitting
 HEADINGS = {
     "en": ("", "expected maximum", "toxicity probability", "the same, by hatesonar", "perplexity", "dist-2 / dist-3"),
     "zh": ("", "期望最大毒性", "毒性概率", "毒性概率（hatesonar 判定）", "困惑度", "dist-2 / dist-3"),
@@ -82,6 +89,12 @@ def detox_table(language: str) -> str:
 _FIGURES = (("profanity", "expected_max_toxicity"), ("profanity", "toxicity_probability"), ("hatesonar", "toxicity_probability"))
 
 
+def controls_table() -> str:
+    """Every control alone and the compositions, from one run of ``moralguard eval``."""
+    whole = Evaluation.load(RESULTS / "eval-controls.json")
+    return side_by_side(whole.replaced(measures=tuple(m for m in whole.measures if m.judge in OUTSIDE)), measures=BESIDE)
+
+
 def _cells(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
     cells = []
     for judge, name in _FIGURES:
@@ -100,14 +113,17 @@ def main() -> None:
     whole = Evaluation.load(RESULTS / "eval-quick-detox.json")
     evaluation = whole.replaced(measures=tuple(measure for measure in whole.measures if (measure.protocol, measure.name) in SHOWN))
     different = []
+    texts = {path: path.read_text(encoding="utf-8") for path in (*READMES.values(), METHODS)}
+    made = dict(texts)
     for language, path in READMES.items():
-        old = path.read_text(encoding="utf-8")
-        new = update_between_markers(old, "eval", readme_table(evaluation, language))
-        new = update_between_markers(new, "detox", detox_table(language))
-        if new != old:
-            different.append(path.name)
+        made[path] = update_between_markers(made[path], "eval", readme_table(evaluation, language))
+        made[path] = update_between_markers(made[path], "detox", detox_table(language))
+    made[METHODS] = update_between_markers(made[METHODS], "comparison", controls_table())
+    for path, old in texts.items():
+        if made[path] != old:
+            different.append(str(path.relative_to(ROOT)))
             if not check:
-                path.write_text(new, encoding="utf-8")
+                path.write_text(made[path], encoding="utf-8")
     if check and different:
         sys.exit(f"{', '.join(different)}: a table isn't what benchmarks/results says; run python benchmarks/readme_tables.py")
 

@@ -32,7 +32,7 @@ def side_by_side(evaluation: Evaluation, language: str = "en", measures: Sequenc
         raise DataError("this evaluation has none of the measures asked for, so there is no table to make of it")
     latencies = {latency.condition: latency for latency in evaluation.latencies}
     head = [labels.ui("condition"), *(_title(measure, labels) for measure in found)]
-    head += [f"{labels.ui('ms_per_token')}, {labels.ui('ratio')}"] if latencies else []
+    head += [f"{labels.ui('latency')} ({labels.ui('ratio')})"] if latencies else []
     rows = []
     for condition in main_conditions(evaluation):
         row = [labels.condition(condition.name), *(_cell(measure, condition.name) for measure in found)]
