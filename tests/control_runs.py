@@ -19,6 +19,7 @@ from moralguard.controls import Control
 from moralguard.decoding.rectification import rectify
 from moralguard.decoding.session import Session
 from moralguard.decoding.slots import Slots
+from moralguard.testing import check_control
 
 TEXTS = [*(list(prompt) for prompt in PROMPTS), [8] * 11]
 SAMPLING = {"do_sample": True, "temperature": 1.1, "top_k": 90, "top_p": 0.98, "max_new_tokens": 8}
@@ -160,3 +161,29 @@ def assert_rows_are_bit_equal_in_a_batch(control: Control) -> None:
                 assert torch.equal(alone[0].view(torch.int32), whole[row].view(torch.int32)), f"row {row}"
             session.commit(outcome.logits.argmax(-1))
             session.advance()
+
+
+class OnTorch:
+    """The tests of a control's ``settings`` on a PyTorch model; a module's own class inherits them and parametrizes ``settings``."""
+
+    def test_invariants(self, settings: Settings) -> None:
+        check_control(settings(False), model=(llama(0), None))
+
+    def test_slots(self, settings: Settings) -> None:
+        assert_slots_do_not_matter(settings)
+
+    def test_trace(self, settings: Settings) -> None:
+        assert_trace_adds_up(settings(False))
+
+    def test_strength_zero(self, settings: Settings) -> None:
+        assert_zero_is_the_base(settings(False).scaled(0))
+
+
+class OnEveryPath(OnTorch):
+    """Those, and NumPy arrays and rows equal bit for bit."""
+
+    def test_on_numpy_arrays(self, settings: Settings) -> None:
+        assert_numpy_agrees(settings)
+
+    def test_rows_are_bit_equal(self, settings: Settings) -> None:
+        assert_rows_are_bit_equal_in_a_batch(settings(False))

@@ -16,12 +16,14 @@ from tiny_models import llama
 
 import moralguard as mg
 from moralguard.controls import (
+    ARGS,
     PPLM,
     RAD,
     BoundControl,
     Control,
     Dense,
     DExperts,
+    Fudge,
     GeDi,
     Guidance,
     Keep,
@@ -244,6 +246,16 @@ def test_models_and_rewards_are_told_by_themselves() -> None:
     with pytest.raises(PolicyError, match="the same reward"):
         build(RAD(reward=reward), RAD(reward=reward, inverse=True))
     assert len(build(RAD(reward=reward), RAD(reward=reward, beta=3.0)).controls) == 2
+
+
+@pytest.mark.parametrize("other", [lambda reward: ARGS(reward=reward), lambda reward: Fudge(discriminator=reward)], ids=["args", "fudge"])
+def test_a_reward_and_its_inverse_conflict_whatever_the_method(other: Any) -> None:
+    def reward(token_ids: Any, candidates: Any, attention_mask: Any) -> Any:
+        return candidates * 0.0
+
+    with pytest.raises(PolicyError, match="the same reward"):
+        build(other(reward), RAD(reward=reward, inverse=True))
+    assert len(build(other(reward), RAD(reward=reward)).controls) == 2
 
 
 EMPTY = (AllowList(tokens=(1, 2), told=False), OtherList(tokens=(3,), told=False), Push(tokens=()))

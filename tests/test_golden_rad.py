@@ -18,7 +18,6 @@ from moralguard.backends.hf import LanguageModel
 from moralguard.controls import RAD, FactoredHead, NullspaceProjection
 from moralguard.errors import ControlError, ModelError, PolicyError
 from moralguard.packs import write_pack
-from moralguard.testing import check_control
 
 RAGGED = [[8], [5, 9, 20, 7, 33, 41, 2], [100, 3, 77]]
 
@@ -103,24 +102,8 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("settings", CONTROLS.values(), ids=CONTROLS)
-class TestEverywhere:
-    def test_invariants(self, settings):
-        check_control(settings(False), model=(tiny_models.llama(0), None))
-
-    def test_on_numpy_arrays(self, settings):
-        control_runs.assert_numpy_agrees(settings)
-
-    def test_slots(self, settings):
-        control_runs.assert_slots_do_not_matter(settings)
-
-    def test_rows_are_bit_equal(self, settings):
-        control_runs.assert_rows_are_bit_equal_in_a_batch(settings(False))
-
-    def test_trace(self, settings):
-        control_runs.assert_trace_adds_up(settings(False))
-
-    def test_strength_zero(self, settings):
-        control_runs.assert_zero_is_the_base(settings(False).scaled(0))
+class TestEverywhere(control_runs.OnEveryPath):
+    """``CONTROLS`` along every path."""
 
 
 def test_a_removed_token_stays_removed_whatever_its_reward():

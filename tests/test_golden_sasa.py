@@ -20,7 +20,6 @@ from moralguard.controls import SASA, NullspaceProjection
 from moralguard.controls.registry import read_control, write_control
 from moralguard.errors import PolicyError, UnsupportedPathError
 from moralguard.packs import write_pack
-from moralguard.testing import check_control
 
 RAGGED = [[8], [5, 9, 20, 7, 33, 41, 2], [100, 3, 77]]
 RANDOM = np.random.default_rng(5)
@@ -111,18 +110,8 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("settings", CONTROLS.values(), ids=CONTROLS)
-class TestEverywhere:
-    def test_invariants(self, settings):
-        check_control(settings(False), model=(tiny_models.llama(0), None))
-
-    def test_slots(self, settings):
-        control_runs.assert_slots_do_not_matter(settings)
-
-    def test_trace(self, settings):
-        control_runs.assert_trace_adds_up(settings(False))
-
-    def test_strength_zero(self, settings):
-        control_runs.assert_zero_is_the_base(settings(False).scaled(0))
+class TestEverywhere(control_runs.OnTorch):
+    """``CONTROLS`` along every path."""
 
 
 def test_a_prefix_head_on_numpy_arrays():

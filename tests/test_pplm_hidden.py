@@ -17,6 +17,7 @@ import moralguard as mg
 from moralguard.backends.hf import LanguageModel
 from moralguard.controls import PPLM
 from moralguard.controls.pplm_hidden import HiddenPPLM, bag_gradient
+from moralguard.decoding.history import Continuation
 from moralguard.decoding.session import Session
 from moralguard.errors import PolicyError
 
@@ -157,3 +158,16 @@ def test_settings_that_mean_nothing_there_are_told() -> None:
     data = mg.Policy(controls=[PPLM(bag_of_words=[BAG], scope="hidden")]).as_dict()
     assert data["controls"][0]["scope"] == "hidden"
     assert mg.Policy.load(data).as_dict() == data
+
+
+def test_tokens_that_are_taken_back_leave_no_trace_in_the_mean_state() -> None:
+    """A session that went back over rejected tokens gives the law of one that never read them."""
+    bound = PPLM(scope="hidden", **ATTRIBUTES["head"]).bind(LanguageModel(llama(0), None), ())
+    with torch.no_grad():
+        session = Session(bound.lm, (bound,), [[5, 9, 20]], own_base=True)
+        session.step()
+        session.rewind(Continuation(None, 0, np.array([[7, 33]])), [[5, 9, 20, 7, 33]])
+        session.rewind(Continuation(None, 2, np.array([[41]])), [[5, 9, 20, 41]])
+        again = session.step().logits
+        fresh = Session(bound.lm, (bound,), [[5, 9, 20, 41]], own_base=True).step().logits
+    torch.testing.assert_close(again, fresh, atol=1e-5, rtol=1e-5)

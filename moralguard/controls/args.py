@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from moralguard.backends.capabilities import Capabilities
-from moralguard.controls.base import BoundControl, Control
-from moralguard.controls.rewards import Reward, bind_reward, checked_reward, reads_states
+from moralguard.controls.base import BoundControl
+from moralguard.controls.reward_control import RewardControl
+from moralguard.controls.rewards import bind_reward
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
 from moralguard.values import Value
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moralguard.backends.hf import LanguageModel
 
 
-class ARGS(Control):
+class ARGS(RewardControl):
     """z' = z + w * r on the base's k most probable candidates, the rest removed.
 
     Khanov, Burapacheep & Li 2024 (arXiv 2402.01694), equation 2 and algorithm 1. The reward is on its own scale and isn't clamped.
@@ -36,16 +36,9 @@ class ARGS(Control):
     """
 
     control_name: ClassVar[str] = "args"
-    any_arrays: ClassVar[bool] = True
 
-    reward: Reward
     w: Annotated[float, Field(ge=0)] = 1.0
     k: Annotated[int, Field(ge=1)] = 10
-
-    @field_validator("reward")
-    @classmethod
-    def _read_reward(cls, reward: Any) -> Any:
-        return checked_reward(reward, "args reward")
 
     @property
     def active(self) -> bool:
@@ -53,14 +46,6 @@ class ARGS(Control):
 
     def scaled(self, factor: float) -> Self:
         return self.replaced(w=self.w * factor)
-
-    @property
-    def needs(self) -> Capabilities:
-        return Capabilities(hidden=reads_states(self.reward), history=True)
-
-    @property
-    def own_states(self) -> bool:
-        return isinstance(self.reward, str)
 
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundARGS:
         return BoundARGS(self, lm)

@@ -14,6 +14,7 @@ from moralguard.backends.arrays import kind_of
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.factored_head import FactoredHead
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import Thing, things
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
 from moralguard.errors import PolicyError
@@ -69,6 +70,10 @@ class Fudge(Control):
             f"discriminator is a {type(discriminator).__name__}; expected a callable (token_ids, candidates, attention_mask=...) -> "
             "logits, a FactoredHead, or the pack or path of one"
         )
+
+    @property
+    def seeks(self) -> tuple[Thing, ...]:
+        return things("reward", self.discriminator)
 
     @property
     def active(self) -> bool:

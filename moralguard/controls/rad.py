@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from moralguard.backends.capabilities import Capabilities
-from moralguard.controls.base import BoundControl, Control
-from moralguard.controls.conflicts import Thing, things
-from moralguard.controls.rewards import Reward, bind_reward, checked_reward, reads_states
+from moralguard.controls.base import BoundControl
+from moralguard.controls.conflicts import Thing
+from moralguard.controls.reward_control import RewardControl
+from moralguard.controls.rewards import bind_reward
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Sparse, Terms
 from moralguard.values import Value
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moralguard.backends.hf import LanguageModel
 
 
-class RAD(Control):
+class RAD(RewardControl):
     """z' = z + beta * r on the base's k most probable candidates, the rest removed; r is the reward clamped to [0, 1].
 
     Deng & Raffel 2023 (arXiv 2310.09520), section 2 and algorithm 1: r_i is what the reward model says of the text with candidate i
@@ -40,17 +40,10 @@ class RAD(Control):
     """
 
     control_name: ClassVar[str] = "rad"
-    any_arrays: ClassVar[bool] = True
 
-    reward: Reward
     beta: Annotated[float, Field(ge=0)] = 30.0
     k: Annotated[int, Field(ge=1)] = 20
     inverse: bool = False
-
-    @field_validator("reward")
-    @classmethod
-    def _read_reward(cls, reward: Any) -> Any:
-        return checked_reward(reward, "rad reward")
 
     @property
     def active(self) -> bool:
@@ -61,19 +54,11 @@ class RAD(Control):
 
     @property
     def seeks(self) -> tuple[Thing, ...]:
-        return () if self.inverse else things("reward", self.reward)
+        return () if self.inverse else super().seeks
 
     @property
     def avoids(self) -> tuple[Thing, ...]:
-        return things("reward", self.reward) if self.inverse else ()
-
-    @property
-    def needs(self) -> Capabilities:
-        return Capabilities(hidden=reads_states(self.reward), history=True)
-
-    @property
-    def own_states(self) -> bool:
-        return isinstance(self.reward, str)
+        return super().seeks if self.inverse else ()
 
     def bind(self, lm: LanguageModel, values: tuple[Value, ...]) -> BoundRAD:
         return BoundRAD(self, lm)

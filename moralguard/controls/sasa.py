@@ -13,6 +13,7 @@ from pydantic import Field, WithJsonSchema, field_validator
 from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.factored_head import FactoredHead
 from moralguard.controls.base import BoundControl, Control
+from moralguard.controls.conflicts import Thing, things
 from moralguard.controls.linear_probe import LinearProbe, Pooling, probe_from, probe_of_pack
 from moralguard.controls.rewards import bind_reward, checked_reward
 from moralguard.decoding.passes import Pass
@@ -95,6 +96,10 @@ class SASA(Control):
     def _factored(self) -> bool:
         """Whether a prefix head gives the margins."""
         return not isinstance(self.probe, tuple) and not (isinstance(self.probe, str) and _is_attribute_head(self.probe))
+
+    @property
+    def seeks(self) -> tuple[Thing, ...]:
+        return things("reward", self.probe) if self._factored else ()
 
     @property
     def active(self) -> bool:

@@ -248,6 +248,11 @@ class PassTable:
     def rewindable(self) -> bool:
         return all(group.rewindable for group in self.groups)
 
+    @property
+    def sums_states(self) -> bool:
+        """Whether a pass keeps sums over states it has read, from which dropped positions can't be taken away."""
+        return any(item.states for items in self._by_model.values() for item in items)
+
     def rewind(self, tokens: int) -> None:
         for group in self.groups:
             group.rewind(tokens)

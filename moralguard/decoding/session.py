@@ -400,7 +400,7 @@ class Session:
         kept = self.history.shape[1] - found.dropped
         self.history, self.mask = self.history[:, :kept], self.mask[:, :kept]
         self._read(tokens)
-        if not self.table.rewindable:
+        if not self.table.rewindable or self.table.sums_states:
             self.table.reread(histories)
             return
         if found.dropped:
