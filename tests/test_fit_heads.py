@@ -23,7 +23,7 @@ from moralguard.errors import DataError, ModelError, PolicyError
 from moralguard.fitting import prefix_head
 from moralguard.fitting.attribute_head import FittedHead, _Trainer, fit_attribute_head
 from moralguard.fitting.head_metrics import measure
-from moralguard.fitting.hidden_states import LAST, encode_texts, pooled_states, token_states
+from moralguard.fitting.hidden_states import LAST, POOLINGS, encode_texts, pooled_states, token_states
 from moralguard.fitting.labelled import checked
 from moralguard.fitting.prefix_head import PrefixHeadSettings, fit_prefix_head, train_prefix_head
 
@@ -72,7 +72,7 @@ def test_states_do_not_depend_on_the_batch(family):
     lm = LanguageModel(FAMILIES[family](), name=family)
     chooser = random.Random(0)
     rows = [[chooser.randrange(100) for _ in range(length)] for length in (3, 17, 1, 9, 9, 30)]
-    layers, poolings = (LAST, 0, 1), ("mean", "last")
+    layers, poolings = (LAST, 0, 1), POOLINGS
     together = pooled_states(lm, rows, layers=layers, poolings=poolings)
     assert set(together) == {(layer, pooling) for layer in layers for pooling in poolings}
     for i, row in enumerate(rows):
@@ -81,6 +81,8 @@ def test_states_do_not_depend_on_the_batch(family):
         for layer in layers:
             states = (output.last_hidden_state if layer == LAST else output.hidden_states[layer])[0]
             torch.testing.assert_close(together[layer, "mean"][i], states.mean(0), atol=1e-5, rtol=1e-5)
+            rest = states[1:] if len(row) > 1 else states
+            torch.testing.assert_close(together[layer, "rest"][i], rest.mean(0), atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(together[layer, "last"][i], states[-1], atol=1e-5, rtol=1e-5)
 
 
@@ -116,7 +118,7 @@ def test_texts_are_read_behind_the_beginning_of_text_token_as_prompts_are():
         (lambda lm: encode_texts(lm, ["w1"], 0), DataError, "max_tokens is 0"),
         (lambda lm: encode_texts(LanguageModel(lm.model), ["w1"], 8), ModelError, "without a tokenizer"),
         (lambda lm: pooled_states(lm, [[1]], layers=(7,)), ModelError, "layers 0 to 2 and -1, not 7"),
-        (lambda lm: pooled_states(lm, [[1]], poolings=("max",)), DataError, "pooling max is unknown; expected mean or last"),
+        (lambda lm: pooled_states(lm, [[1]], poolings=("max",)), DataError, "pooling max is unknown; expected mean, rest or last"),
         (lambda lm: pooled_states(lm, []), DataError, "got 0 rows"),
     ],
 )

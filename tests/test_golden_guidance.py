@@ -14,8 +14,10 @@ from oracles import TOLERANCE, Reference, check_greedy, distance, run_attached
 from scipy.special import log_softmax
 
 import moralguard as mg
-from moralguard.controls import Guidance, Prompt
+from moralguard.controls import GeDi, Guidance, Prompt, Unconditional
 from moralguard.controls.registry import write_control
+from moralguard.decoding.passes import Pass, PassTable
+from moralguard.decoding.session import Session
 from moralguard.errors import PolicyError
 from moralguard.testing import check_control
 
@@ -109,13 +111,106 @@ def settings_for(numpy):
     return Guidance(positive=Prompt(POSITIVE), negative=NumpyModel(expert()) if numpy else expert(), gamma=1.8)
 
 
-def test_the_numpy_runtime_agrees():
-    control_runs.assert_numpy_agrees(settings_for)
+def unconditional_oracle(base, gamma=1.5, prompts=PROMPTS):
+    """The same with z- behind the prompt's last token alone."""
+
+    def law(ids):
+        asked = next(len(prompt) for prompt in prompts if list(ids[: len(prompt)]) == prompt)
+        minus, plus = (log_softmax(base.logits(text).numpy()) for text in (ids[asked - 1 :], ids))
+        return torch.from_numpy(log_softmax(minus + gamma * (plus - minus)))
+
+    return law
 
 
+@pytest.mark.parametrize("gamma", [1.5, 0.0, 3.0])
+def test_the_unconditional_law_reads_the_prompts_last_token(family, gamma):
+    model = family(0)
+    guard = guard_of(model, negative=Unconditional(), gamma=gamma)
+    run = check_greedy(guard, model, unconditional_oracle(Reference(model), gamma), PROMPTS)
+    if gamma:
+        whole = oracle(Reference(model), None, (Reference(model), []), gamma=gamma)  # z- reads the prompt, too
+        assert distance(run, whole, PROMPTS) > 10 * TOLERANCE
+
+
+def test_the_unconditional_law_is_that_of_transformers(family):
+    model = family(0)
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_scores": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), guidance_scale=1.7, **settings)
+        with guard_of(model, negative=Unconditional(), gamma=1.7).attach(model):
+            mine = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert mine.sequences.tolist() == theirs.sequences.tolist()
+        for own, other in zip(mine.scores, theirs.scores, strict=True):
+            assert torch.allclose(own.softmax(-1), other.softmax(-1), atol=1e-6)
+
+
+def test_the_unconditional_law_follows_beams(family):
+    model, width = family(0), 3
+    law, guard = unconditional_oracle(Reference(model)), guard_of(model, negative=Unconditional())
+    beams = [([], 0.0)]
+    for _ in range(5):
+        laws = [law([*PROMPTS[1], *tokens]).numpy() for tokens, _ in beams]
+        longer = [([*tokens, v], total + float(own[v])) for (tokens, total), own in zip(beams, laws, strict=True) for v in range(len(own))]
+        beams = sorted(longer, key=lambda beam: -beam[1])[:width]
+    arguments = {"max_new_tokens": 5, "num_beams": width, "num_return_sequences": width, "do_sample": False, "length_penalty": 0.0}
+    with guard.attach(model):
+        found = model.generate(torch.tensor([PROMPTS[1]]), **arguments)[:, len(PROMPTS[1]) :].tolist()
+    assert found == [tokens for tokens, _ in beams]
+
+
+def test_the_unconditional_law_follows_drafts_that_are_taken_back(family):
+    model = family(0)
+    guard = guard_of(model, negative=Unconditional())
+    prompt = [5, 9, 20, 5, 9, 20, 5, 9]
+    wanted = list(guard.generate([prompt], max_new_tokens=12).token_ids[0])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    found = model.generate(torch.tensor([prompt]), logits_processor=[guard.logits_processor()], **arguments)
+    assert found[0, len(prompt) :].tolist() == wanted
+
+
+def test_the_unconditional_law_of_a_request_that_comes_back():
+    model, prompt, said = tiny_models.llama(0), [5, 9, 20, 7], [11, 2, 64]
+    bound = mg.Guard(mg.Policy(controls=[Guidance(negative=Unconditional())]), (model, None)).controls
+    lm = mg.LanguageModel(model)
+    back = Session(lm, bound, [[*prompt, *said]], own_base=True, asked=[prompt])
+    law = torch.log_softmax(back.step().logits[0].double(), -1)
+    assert torch.allclose(law.exp(), unconditional_oracle(Reference(model), prompts=[prompt])([*prompt, *said]).exp(), atol=1e-6)
+
+
+def test_the_unconditional_law_in_tables_that_split_and_join(family):
+    model = family(0)
+    lm, base = mg.LanguageModel(model), Reference(model)
+    item, plain = Pass(lm, unconditional=True), Pass(lm)
+    table = PassTable([plain, item], PROMPTS[:2], asked=[1, 4])
+    texts = [PROMPTS[0], PROMPTS[1][3:]]
+    twin = table.fork(torch.tensor([1, 0]))
+    table.join(PassTable([plain, item], [PROMPTS[2]]))
+    table.select(torch.tensor([2, 0, 1]))
+    table.reread([[*PROMPTS[2], 9], [*PROMPTS[0], 9], [*PROMPTS[1], 9]])
+    for view, wanted in ((twin, [texts[1], texts[0]]), (table, [[PROMPTS[2][-1], 9], [*texts[0], 9], [*texts[1], 9]])):
+        found = view.view(item).logits
+        assert torch.allclose(found.double(), torch.stack([base.logits(ids) for ids in wanted]), atol=1e-4)
+
+
+def test_a_class_of_gedi_is_never_unconditional():
+    with pytest.raises(PolicyError, match="gedi code_undesired is unconditional"):
+        mg.Guard(mg.Policy(controls=[GeDi(code_desired=Prompt([4]), code_undesired=Unconditional())]), (tiny_models.llama(0), None))
+
+
+def unconditional_settings(numpy):
+    return Guidance(positive=Prompt(POSITIVE), negative=Unconditional(), gamma=1.8)
+
+
+@pytest.mark.parametrize("settings", [settings_for, unconditional_settings])
+def test_the_numpy_runtime_agrees(settings):
+    control_runs.assert_numpy_agrees(settings)
+
+
+@pytest.mark.parametrize("settings", [settings_for, unconditional_settings])
 @pytest.mark.parametrize("numpy", [False, True], ids=["torch", "numpy"])
-def test_slots_do_not_matter(numpy):
-    control_runs.assert_slots_do_not_matter(settings_for, numpy)
+def test_slots_do_not_matter(numpy, settings):
+    control_runs.assert_slots_do_not_matter(settings, numpy)
 
 
 ZERO = {
@@ -134,6 +229,7 @@ def test_zero_is_the_base(control):
 def test_every_rule_of_the_framework_holds():
     check_control(Guidance(positive=Prompt([5, 6, 7]), negative=Prompt([9, 9])))
     check_control(Guidance(negative=Prompt([9, 9]), gamma=2.0))
+    check_control(Guidance(negative=Unconditional()))
     check_control(Guidance(positive=Prompt([5]), strength=0.0))
     control_runs.assert_rows_are_bit_equal_in_a_batch(settings_for(False))
 
@@ -158,6 +254,11 @@ def test_policy_data():
     assert mg.Policy.load({"controls": [written]}).effective_controls()[0] == control
     assert written["gamma"] == 1.25
     assert "strength" not in written
+    unconditional = mg.Policy.load({"controls": [{"control": "guidance@1", "negative": {"unconditional": True}}]}).effective_controls()[0]
+    assert unconditional == Guidance(negative=Unconditional())
+    assert write_control(unconditional)["negative"] == {"unconditional": True}
+    with pytest.raises(PolicyError, match="unconditional"):
+        mg.Policy.load({"controls": [{"control": "guidance@1", "negative": {"unconditional": False}}]}).effective_controls()
 
 
 def test_bad_settings_are_told_when_the_guard_is_built():

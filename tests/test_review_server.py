@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,29 @@ def test_a_judge_that_fails_hands_nothing_out(client: TestClient, monkeypatch: p
         assert said["choices"][0]["text"] == REFUSAL
         assert said["moralguard"]["reason"] == "engine_error"
     assert complete(client, "none", prompt="one")["choices"][0]["finish_reason"] == "length"
+
+
+def test_reading_a_draft_holds_up_nobody_beside_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_read, reading, plain_read = threading.Event(), threading.Event(), Numbers.read
+
+    def waits(self: Any, texts: Any, values: Any, context: Any) -> Any:
+        reading.set()
+        assert may_read.wait(30)
+        return plain_read(self, texts, values, context)
+
+    wanted = complete(client, "back", prompt="one")["choices"][0]["text"]
+    monkeypatch.setattr(Numbers, "read", waits)
+    answers: list[Any] = []
+    watched = threading.Thread(target=lambda: answers.append(complete(client, "back", prompt="one")))
+    watched.start()
+    try:
+        assert reading.wait(30)
+        assert complete(client, "none", prompt="one")["choices"][0]["finish_reason"] == "length"  # while the other is read
+        assert not answers
+    finally:
+        may_read.set()
+        watched.join(30)
+    assert answers[0]["choices"][0]["text"] == wanted
 
 
 def test_no_log_holds_a_refused_draft(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

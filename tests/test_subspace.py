@@ -21,6 +21,7 @@ from moralguard.controls import NullspaceProjection
 from moralguard.errors import DataError
 from moralguard.fitting import subspace_fit
 from moralguard.fitting.directions import fit_class_means, fit_directions, fit_word_odds, law_metric
+from moralguard.fitting.hidden_states import encode_texts, pooled_states
 from moralguard.fitting.inlp import fit_inlp
 from moralguard.fitting.labelled import checked
 from moralguard.fitting.leace import LeaceFitter, fit_leace
@@ -428,6 +429,20 @@ class TestFitSubspace:
         assert odds["before"] > 0.1 > 1e-4 > odds["after"]
         assert len(found.settings["words"]) == 2
 
+    def test_the_mean_over_a_text_has_what_its_last_word_does_not_tell(self, lm, texts):
+        told_first = [
+            (f"{row.text.split()[-1]} {row.text.split()[-1]} {i} the same", row.label, row.split) for i, row in enumerate(texts.rows)
+        ]
+        rows = checked(told_first, texts.classes)
+        found = subspace_fit.fit_subspace(lm, rows, "leace", layer=1, pooling="mean")
+        assert found.settings["pooling"] == "mean"
+        assert found.metrics["probe"]["before"] > 0.9 > 0.55 > found.metrics["probe"]["after"]
+        states = pooled_states(lm, encode_texts(lm, [row.text for row in rows.rows], 64), layers=(1,), poolings=("rest",))[1, "rest"]
+        y = torch.tensor([row.label for row in rows.rows])
+        train = torch.tensor([row.split == "train" for row in rows.rows])
+        expected = fit_leace(states[train], y[train], shrinkage=subspace_fit.SHRINKAGE)
+        assert torch.equal(found.subspace.u_in, expected.u_in)
+
     def test_saves_what_the_control_reads(self, lm, texts, tmp_path):
         found = subspace_fit.fit_subspace(lm, texts, "leace")
         found.save(tmp_path / "new")
@@ -443,6 +458,8 @@ class TestFitSubspace:
             subspace_fit.fit_subspace(lm, texts, "leace", rounds=2)
         with pytest.raises(DataError, match="no method 'lace'"):
             subspace_fit.fit_subspace(lm, texts, "lace")
+        with pytest.raises(DataError, match="pooling is 'max'"):
+            subspace_fit.fit_subspace(lm, texts, "leace", pooling="max")
         train = checked([(row.text, row.label, "train") for row in texts.rows], texts.classes)
         with pytest.raises(DataError, match="probed"):
             subspace_fit.fit_subspace(lm, train, "leace")

@@ -22,6 +22,11 @@ class Method(StrEnum):
     directions = "directions"
 
 
+class Pooling(StrEnum):
+    last = "last"
+    mean = "mean"
+
+
 def subspace(
     folder: Annotated[Path, typer.Option("--out", help="Folder of the pack to write; it must be empty.")],
     model: ModelOption = "smollm2-135m",
@@ -38,6 +43,9 @@ def subspace(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
     layer: Annotated[int, typer.Option(help="States behind so many layers, for layer-projection; -1 are the head's, for nullspace.")] = -1,
+    pooling: Annotated[
+        Pooling, typer.Option(help="State of a text: of its last token, or the mean over all but the first.")
+    ] = Pooling.last,
     mlp: Annotated[bool, typer.Option("--mlp", help="Probe with a network too.")] = False,
 ) -> None:
     """Fit the directions of a concept in a model's last hidden state, probe them, and write them as a pack."""
@@ -64,6 +72,7 @@ def subspace(
             max_tokens=max_tokens,
             mlp=mlp,
             layer=layer,
+            pooling=pooling.value,
         )
     fitted.save(folder)
     states = "the last hidden state" if layer == -1 else f"the states of layer {layer}"

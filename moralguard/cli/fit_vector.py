@@ -37,7 +37,9 @@ def vector(
     method: Annotated[Method, typer.Option(help="mean difference, or first principal direction of the differences.")] = Method.mean,
     layers: Annotated[str | None, typer.Option(help="Layers to choose from, e.g. 8,12,16; all but the last where not given.")] = None,
     best: Annotated[int, typer.Option(min=0, help="Layers to keep, those whose vectors tell held-back rows apart; 0 keeps all.")] = 1,
-    pooling: Annotated[Pooling, typer.Option(help="State of a text: of its last token, or the mean over all.")] = Pooling.last,
+    pooling: Annotated[
+        Pooling, typer.Option(help="State of a text: of its last token, or the mean over all but the first.")
+    ] = Pooling.last,
     name: Annotated[str | None, typer.Option(help="The pack's name; the folder's where not given.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,

@@ -13,7 +13,7 @@ _HOMES = {
     "moralguard.controls.base": ("BoundControl", "Control"),
     "moralguard.controls.contrastive": ("ContrastiveDecoding",),
     "moralguard.controls.dexperts": ("DExperts",),
-    "moralguard.controls.experts": ("Prompt",),
+    "moralguard.controls.experts": ("Prompt", "Unconditional"),
     "moralguard.backends.factored_head": ("FactoredHead",),
     "moralguard.controls.fudge": ("Fudge",),
     "moralguard.controls.gedi": ("GeDi",),
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # names are re-exported lazily below
     from moralguard.controls.base import BoundControl, Control
     from moralguard.controls.contrastive import ContrastiveDecoding
     from moralguard.controls.dexperts import DExperts
-    from moralguard.controls.experts import Prompt
+    from moralguard.controls.experts import Prompt, Unconditional
     from moralguard.controls.fudge import Fudge
     from moralguard.controls.gedi import GeDi
     from moralguard.controls.guidance import Guidance

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field
 
 from moralguard.backends.capabilities import Capabilities
 from moralguard.controls.base import BoundControl, Control
-from moralguard.controls.experts import Prompt, bind_expert, is_expert_pack, read_expert_pack
+from moralguard.controls.expert_setting import ExpertSetting
+from moralguard.controls.experts import Prompt, bind_expert
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Keep, Mix, Terms
@@ -17,22 +18,6 @@ from moralguard.values import Value
 
 if TYPE_CHECKING:
     from moralguard.backends.hf import LanguageModel
-
-Expert = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "string",
-                    "description": "pack, LoRA adapter or model folder, pack:NAME, GGUF or ONNX file, or Hugging Face id",
-                },
-                {"type": "object", "properties": {"prompt": {"type": ["string", "array"]}}, "required": ["prompt"]},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
 
 
 class DExperts(Control):
@@ -55,17 +40,10 @@ class DExperts(Control):
     sought: ClassVar[tuple[str, ...]] = ("expert",)
     avoided: ClassVar[tuple[str, ...]] = ("anti_expert",)
 
-    expert: Expert = None
-    anti_expert: Expert = None
+    expert: ExpertSetting = None
+    anti_expert: ExpertSetting = None
     alpha: Annotated[float, Field(ge=0)] = 2.0
     filter_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-
-    @field_validator("expert", "anti_expert", mode="before")
-    @classmethod
-    def _read_expert(cls, expert: Any) -> Any:
-        if is_expert_pack(expert):
-            read_expert_pack(expert)  # a broken pack is told here and not at the first use
-        return Prompt(**expert) if isinstance(expert, dict) else expert
 
     @property
     def active(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
@@ -56,18 +56,32 @@ class Prompt(StrictModel):
         return Pass(lm, tuple(encode_words(lm, self.prompt)))
 
 
+class Unconditional(StrictModel):
+    """The base's own weights with no prompt: they read the prompt's last token and what is generated behind it.
+
+    As released with Sanchez et al. 2023 (arXiv 2306.17806) and in transformers: a model needs some token to begin with, and with the
+    prompt's last one the rows of one step end in the same token. Positions count from 0; nothing stands before, no beginning-of-text token
+    either.
+    """
+
+    unconditional: Literal[True] = True
+
+    def bind(self, lm: LanguageModel, where: str) -> Pass:
+        return Pass(lm, unconditional=True)
+
+
 def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
     """The pass of an expert.
 
     Args:
-        expert: a ``Prompt``, a model, (model, tokenizer), a pack (folder or ``pack:NAME``; of a LoRA adapter or a prefix), a LoRA adapter
-            folder, a local folder, GGUF or ONNX file, or hub id.
+        expert: a ``Prompt``, ``Unconditional()``, a model, (model, tokenizer), a pack (folder or ``pack:NAME``; of a LoRA
+            adapter or a prefix), a LoRA adapter folder, a local folder, GGUF or ONNX file, or hub id.
 
     Raises:
         ModelError: it can't be loaded, is a pack of another model, has another vocabulary, or runs on another backend than the base.
         PolicyError: its type is none of these.
     """
-    if isinstance(expert, Prompt):
+    if isinstance(expert, (Prompt, Unconditional)):
         return expert.bind(lm, where)
     if is_expert_pack(expert):
         pack = read_expert_pack(expert)

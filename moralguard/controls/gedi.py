@@ -89,6 +89,8 @@ class GeDi(Control):
 
 def _class_pass(code: object, lm: LanguageModel, where: str) -> Pass:
     found = bind_expert(code, lm, where)
+    if found.unconditional:
+        raise PolicyError(f"{where} is unconditional, but a class needs something that names it; give a prompt, a model or a pack")
     if found.lm.head is None:
         raise ModelError(f"{where}: the head of {found.lm.name} has no known form, so the probability of a prompt under it can't be read")
     return replace(found, likelihood=True)

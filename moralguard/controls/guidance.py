@@ -24,12 +24,13 @@ class Guidance(Control):
     """z' = z + strength (g - z) with g = z- + gamma (z+ - z-), on raw logits, before temperature.
 
     Sanchez et al. 2023 (arXiv 2306.17806), classifier-free guidance and negative prompting: log p(x | c-) + gamma (log p(x | c) -
-    log p(x | c-)), whose normalising constants cancel. The paper's unconditional law has no prompt at all; here it is the base without
-    the positive prompt, so that what is emphasised is that prompt (context contrast), and the request itself stays in both.
+    log p(x | c-)), whose normalising constants cancel. ``negative=Unconditional()`` is the paper's classifier-free form, which emphasises
+    the request's own prompt: z- reads no prompt at all. With a positive prompt alone z- is the base without that prompt, so that what
+    is emphasised is that prompt (context contrast), and the request itself stays in both.
 
     Args:
         positive: c, in front of the request: a Prompt, or anything else that DExperts takes as an expert. None is the base itself.
-        negative: c-; likewise. With both None they are derived from the policy's values.
+        negative: c-; likewise, or ``Unconditional()``. With both None they are derived from the policy's values.
         gamma: the paper's guidance strength; 1.5 is its choice for completion, 0 gives z- and 1 gives z+.
         strength: ours: the share of the way from the base to g. 0 deactivates, as does a gamma at which g is the base (0 without a
             negative prompt, 1 without a positive one); a request's own strength multiplies it.

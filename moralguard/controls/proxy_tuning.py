@@ -12,7 +12,7 @@ from moralguard.backends.capabilities import Capabilities
 from moralguard.backends.lora_folder import is_adapter_folder
 from moralguard.controls.base import BoundControl, Control
 from moralguard.controls.expert_setting import ExpertSetting
-from moralguard.controls.experts import Prompt, as_language_model, bind_expert, is_expert_pack
+from moralguard.controls.experts import Prompt, Unconditional, as_language_model, bind_expert, is_expert_pack
 from moralguard.decoding.passes import Pass
 from moralguard.decoding.step import Step
 from moralguard.decoding.terms import Mix, Terms
@@ -84,7 +84,11 @@ class BoundProxyTuning(BoundControl[ProxyTuning]):
 
 def _bind(expert: Any, lm: LanguageModel, where: str) -> Pass:
     """``bind_expert`` for a model whose vocabulary may be wider than the base's."""
-    if isinstance(expert, Prompt) or is_expert_pack(expert) or (isinstance(expert, (str, Path)) and is_adapter_folder(expert)):
+    if (
+        isinstance(expert, (Prompt, Unconditional))
+        or is_expert_pack(expert)
+        or (isinstance(expert, (str, Path)) and is_adapter_folder(expert))
+    ):
         return bind_expert(expert, lm, where)
     if isinstance(expert, (str, Path)) and kind_of(lm) != "torch":
         return bind_expert(expert, lm, where)  # tells a backend that doesn't fit before the model is loaded

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from moralguard.decoding.torch_rows import RowGroup
 
 
-PassKey = tuple[int, tuple[int, ...], bool, int, int, int]
-"""Weights, prefix, whether it goes in front as it is, adapter, edits, learned prefix."""
+PassKey = tuple[int, tuple[int, ...], bool, int, int, int, bool]
+"""Weights, prefix, whether it goes in front as it is, adapter, edits, learned prefix, whether it is unconditional."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class Pass:
         states: the control also needs the sum of hidden states over all earlier positions.
         likelihood: the control also needs how probable the request's own tokens were, those of its prompt included.
         learned: a learned prefix on these weights, or None; it stands before everything, the beginning-of-text token too.
+        unconditional: the text begins with the prompt's last token; no prefix stands before it.
     """
 
     lm: LanguageModel
@@ -55,6 +56,7 @@ class Pass:
     states: bool = False
     likelihood: bool = False
     learned: LearnedPrefix | None = None
+    unconditional: bool = False
 
     @property
     def prefix_length(self) -> int:
@@ -65,7 +67,7 @@ class Pass:
     def key(self) -> PassKey:
         """Passes with one key give the same numbers and are run once."""
         literal = self.literal or not self.prefix
-        return (id(weights_of(self.lm)), self.prefix, literal, id(self.adapter), id(self.edits), id(self.learned))
+        return (id(weights_of(self.lm)), self.prefix, literal, id(self.adapter), id(self.edits), id(self.learned), self.unconditional)
 
 
 def check_passes_fit(passes: Sequence[Pass], prompt: Sequence[int], where: str) -> None:
@@ -76,7 +78,7 @@ def check_passes_fit(passes: Sequence[Pass], prompt: Sequence[int], where: str) 
     """
     for item in passes:
         limit = item.lm.context_length
-        needed = item.prefix_length + len(prompt) + 1
+        needed = item.prefix_length + (1 if item.unconditional else len(prompt)) + 1
         if limit is not None and needed > limit:
             raise PromptError(
                 f"{where} has {len(prompt)} tokens; a pass on {item.lm.name} with a prefix of {item.prefix_length} tokens needs {needed}, "
@@ -160,9 +162,19 @@ class PassTable:
     """All passes of a batch of requests: deduplicated, grouped by weights, pass-major rows in each group.
 
     Every group is built from the requests' token ids. Where one of the groups is on ``hidden_for``, it keeps hidden states.
+
+    Args:
+        asked: how many tokens of each of ``prompts`` are its prompt's, where it ends in what has been generated; all where None.
     """
 
-    def __init__(self, passes: Sequence[Pass], prompts: Sequence[Sequence[int]], *, hidden_for: LanguageModel | None = None):
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        prompts: Sequence[Sequence[int]],
+        *,
+        hidden_for: LanguageModel | None = None,
+        asked: Sequence[int] | None = None,
+    ):
         unique: dict[PassKey, Pass] = {}
         for item in passes:
             known = unique.get(item.key, item)
@@ -172,6 +184,7 @@ class PassTable:
         for item in unique.values():
             self._by_model.setdefault(id(weights_of(item.lm)), []).append(item)
         self._hidden_for = hidden_for
+        self._asked = [len(prompt) for prompt in prompts] if asked is None else list(asked)
         self._build(prompts)
 
     def _build(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -182,7 +195,10 @@ class PassTable:
             lm, rows, adapters, edits, behind = items[0].lm, [], [], [], []
             prefixes = [item.learned for item in items for _ in prompts]
             for order, item in enumerate(items):
-                rows += [place_prefix(lm, item.prefix, prompt, item.literal) for prompt in prompts]
+                if item.unconditional:
+                    rows += [list(prompt[asked - 1 :]) for prompt, asked in zip(prompts, self._asked, strict=True)]
+                else:
+                    rows += [place_prefix(lm, item.prefix, prompt, item.literal) for prompt in prompts]
                 behind += [_behind_prefix(item, prompt) for prompt in prompts]
                 adapters += [item.adapter] * len(prompts)
                 edits += [item.edits] * len(prompts)
@@ -214,13 +230,13 @@ class PassTable:
         """Keep and reorder requests (i64[n]; an index may repeat)."""
         for group in self.groups:
             group.select(self._rows_of(group, requests))
-        self.requests = len(requests)
+        self.requests, self._asked = len(requests), [self._asked[i] for i in requests.tolist()]
 
     def fork(self, requests: torch.Tensor) -> PassTable:
         """A table of its own of these requests (i64[n]); this one stays as it is. Only where it is ``rewindable``."""
         twin = copy.copy(self)
         twin.groups = [group.fork(self._rows_of(group, requests)) for group in self.groups]
-        twin.requests = len(requests)
+        twin.requests, twin._asked = len(requests), [self._asked[i] for i in requests.tolist()]
         return twin
 
     def join(self, other: PassTable) -> None:
@@ -237,7 +253,7 @@ class PassTable:
                     for row in (*first[index * mine : (index + 1) * mine], *second[index * theirs : (index + 1) * theirs])
                 ]
                 group.select(namespace_of(group.lm).integers(order))
-        self.requests = mine + theirs
+        self.requests, self._asked = mine + theirs, self._asked + other._asked
 
     def _rows_of(self, group: RowGroup, requests: torch.Tensor) -> torch.Tensor:
         passes = len(group.lengths) // self.requests

@@ -81,7 +81,8 @@ class Session:
         if self._state_pass is not None:
             passes.insert(0, self._state_pass)
         own_states = (own_base and hidden) or self._state_pass is not None
-        self.table = PassTable(passes, prompts, hidden_for=lm if own_states else None)
+        lengths = None if asked is None else [len(prompt) for prompt in asked]
+        self.table = PassTable(passes, prompts, hidden_for=lm if own_states else None, asked=lengths)
         self._restart(prompts)
         self.conditions = Conditions.fresh(gate, self.controls, facts, self.generated)
         if state is not None:

@@ -15,7 +15,9 @@ from moralguard.errors import DataError, ModelError
 Progress = Callable[[int, int], None]
 LAST = -1
 """The layer whose states the head reads, behind the final norm."""
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "rest", "last")
+"""Of a text's states: the mean of all; of all but the first token's, which many models make a sink of attention, many times as long as
+all others and much the same for every text; the last token's alone. A text of one token has only that one."""
 
 
 def encode_texts(lm: LanguageModel, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
@@ -108,7 +110,7 @@ def pooled_states(
     bfloat16: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict[tuple[int, str], Tensor]:
-    """One state a row for each layer and pooling: (layer, "mean" | "last") -> f32[n, d] on the CPU.
+    """One state a row for each layer and pooling: (layer, one of ``POOLINGS``) -> f32[n, d] on the CPU.
 
     Raises:
         DataError: no rows, layers or poolings, or an unknown pooling. ModelError: as ``token_states``.
@@ -119,15 +121,18 @@ def pooled_states(
         )
     unknown = set(poolings) - set(POOLINGS)
     if unknown:
-        raise DataError(f"pooling {', '.join(sorted(unknown))} is unknown; expected {' or '.join(POOLINGS)}")
+        raise DataError(f"pooling {', '.join(sorted(unknown))} is unknown; expected {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]}")
     found: dict[tuple[int, str], Tensor] = {}
     for chosen, states, mask in token_states(lm, rows, layers=layers, bfloat16=bfloat16, progress=progress):
+        rest = mask.clone()
+        rest[:, 0] &= mask.sum(1) == 1
         for layer, values in states.items():
             for pooling in poolings:
-                if pooling == "mean":
-                    pooled = (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-                else:
+                if pooling == "last":
                     pooled = values[torch.arange(len(values), device=values.device), mask.sum(1) - 1]
+                else:
+                    kept = mask if pooling == "mean" else rest
+                    pooled = (values * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
                 if (layer, pooling) not in found:
                     found[layer, pooling] = torch.empty(len(rows), pooled.shape[-1])
                 found[layer, pooling][chosen] = pooled.cpu()

@@ -13,7 +13,10 @@ from moralguard.fitting.attribute_head import fit_attribute_head
 from moralguard.fitting.expert_packs import fit_expert_packs
 from moralguard.fitting.experts import ExpertSettings
 from moralguard.fitting.labelled import LabelledTexts
+from moralguard.fitting.prefix import PrefixSettings
 from moralguard.fitting.prefix_head import PrefixHeadSettings, train_prefix_head
+from moralguard.fitting.prefix_packs import fit_prefix_packs
+from moralguard.fitting.subspace_fit import fit_subspace
 from moralguard.fitting.toxicity_rows import CLASSES, JUDGED, VALUES, Scorer, ToxicityRows, expert_rows, head_rows
 from moralguard.fitting.vectors import fit_vectors
 from moralguard.packs import write_pack
@@ -21,8 +24,10 @@ from moralguard.schema import nearest
 
 EXPERTS = ExpertSettings(steps=250, batch_size=24, max_tokens=40)
 PREFIX_HEADS = PrefixHeadSettings(max_tokens=40, bfloat16=True)
+PREFIXES = PrefixSettings(max_tokens=40)
+SUBSPACE_LAYER = 18
 VECTOR_LAYERS = (6, 9, 12, 15, 18, 21)
-NAMES = ("experts", *(f"{name}-head" for name in VALUES), "toxicity-attribute", "civil-vector")
+NAMES = ("experts", *(f"{name}-head" for name in VALUES), "toxicity-attribute", "civil-vector", "tone-subspace", "civil-prefixes")
 
 
 def fit_shipped_packs(
@@ -45,6 +50,10 @@ def fit_shipped_packs(
             written.append(_attribute(lm, head_rows(folder, score, "offence"), place / name))
         elif name == "civil-vector":
             written.append(_vector(lm, head_rows(folder, score, "offence"), place / name))
+        elif name == "tone-subspace":
+            written.append(_subspace(lm, head_rows(folder, score, "offence"), place / name))
+        elif name == "civil-prefixes":
+            written += _prefixes(lm, expert_rows(folder, score), place / name, say)
         else:
             written.append(_prefix(lm, folder, score, name.removesuffix("-head"), place / name))
         say(f"written: {name}")
@@ -60,6 +69,31 @@ def _experts(lm: LanguageModel, rows: ToxicityRows, place: Path, say: Callable[[
             say(f"{name}: step {step} of {steps}, loss {loss:.3f}")
 
     return list(fit_expert_packs(lm, whole, place, EXPERTS, value=VALUES["offence"], sources=rows.data, report=report))
+
+
+def _subspace(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
+    fitted = fit_subspace(lm, rows.texts, "leace", layer=SUBSPACE_LAYER, pooling="mean", max_tokens=40)
+    fitted.save(place)
+    return write_pack(
+        place,
+        kind="subspace",
+        method=fitted.method,
+        lm=lm,
+        name="tone-subspace",
+        data=rows.data,
+        settings=fitted.settings,
+        metrics=fitted.metrics,
+        description="What tells texts that break the value from texts that keep it, for layer-projection.",
+        values=(VALUES["offence"],),
+    )
+
+
+def _prefixes(lm: LanguageModel, rows: ToxicityRows, place: Path, say: Callable[[str], None]) -> list[Path]:
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % 25 == 0:
+            say(f"step {step} of {steps}, loss {loss:.3f}")
+
+    return fit_prefix_packs(lm, rows.texts, place, PREFIXES, value=VALUES["offence"], sources=rows.data, report=report)
 
 
 def _prefix(lm: LanguageModel, folder: Path, score: Scorer, name: str, place: Path) -> Path:

@@ -60,9 +60,10 @@ def fit_subspace(
     max_tokens: int = 64,
     mlp: bool = False,
     layer: int = LAST,
+    pooling: Literal["last", "mean"] = "last",
     progress: Progress = lambda done, total: None,
 ) -> SubspaceFit:
-    """Fit on the training rows' last-token states at one layer; the probes are scored on all other rows.
+    """Fit on the training rows' states at one layer, one a text; the probes are scored on all other rows.
 
     Args:
         counterparts: token ids of words, one of each class. With them ``directions`` takes away log-odds between words
@@ -71,6 +72,8 @@ def fit_subspace(
             words, those first that the model finds likeliest behind the texts. ``inlp`` has ``rounds`` (8) instead.
         mlp: probe with a network too.
         layer: -1, behind the final norm (for ``NullspaceProjection``), or the state behind so many layers (``LayerProjection``).
+        pooling: "last", the state of a text's last token, or "mean", of all its tokens but the first (a sink of attention): for a
+            concept that the whole text tells, and for ``LayerProjection``, which acts at every position and so on their mean.
 
     Raises:
         DataError: settings that the method doesn't have, no rows outside the training split, or rows that can't be fitted.
@@ -89,14 +92,18 @@ def fit_subspace(
     last = len(layer_modules(lm)) - 1 if layer != LAST else LAST
     if layer != LAST and not 1 <= layer <= last:
         raise DataError(f"layer is {layer}; expected 1 to {last}, or {LAST} for the states that the head reads")
+    if pooling not in ("last", "mean"):
+        raise DataError(f"pooling is {pooling!r}; expected last or mean")
     held = torch.tensor([row.split != "train" for row in texts.rows])
     if not bool(held.any()):
         raise DataError("every row is of the training split, so nothing can be probed; give some rows the split dev or test")
     rows = encode_texts(lm, [row.text for row in texts.rows], max_tokens)
-    states = pooled_states(lm, rows, layers=(layer,), poolings=("last",), progress=progress)[layer, "last"]
+    pooled = "rest" if pooling == "mean" else "last"
+    states = pooled_states(lm, rows, layers=(layer,), poolings=(pooled,), progress=progress)[layer, pooled]
     labels = torch.tensor([row.label for row in texts.rows])
     x, y = states[~held], labels[~held]
-    settings: dict[str, Any] = {"method": method, "classes": list(texts.classes), "layer": layer, "seed": seed, "max_tokens": max_tokens}
+    settings: dict[str, Any] = {"method": method, "classes": list(texts.classes), "layer": layer, "pooling": pooling}
+    settings |= {"seed": seed, "max_tokens": max_tokens}
     metrics: dict[str, Any] = {}
     if method == "leace":
         subspace = fit_leace(x, y, rank=rank, shrinkage=SHRINKAGE)

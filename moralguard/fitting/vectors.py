@@ -15,11 +15,12 @@ from moralguard.backends.edits import layer_modules
 from moralguard.backends.hf import LanguageModel
 from moralguard.errors import DataError
 from moralguard.fitting.directions import fit_directions
-from moralguard.fitting.hidden_states import POOLINGS, Progress, encode_texts, pooled_states, token_states
+from moralguard.fitting.hidden_states import Progress, encode_texts, pooled_states
 from moralguard.fitting.labelled import LabelledTexts
 
 Method = Literal["mean", "pca"]
 
+_POOLED = {"last": "last", "mean": "rest"}
 _SOURCES = {
     "mean": "contrastive activation addition: mean difference of states (arXiv 2312.06681)",
     "pca": "representation engineering: first principal direction of paired differences (arXiv 2310.01405)",
@@ -83,8 +84,8 @@ def fit_vectors(
         ModelError: as ``layer_modules`` and ``encode_texts``.
     """
     chosen = _candidates(lm, layers)
-    if method not in _SOURCES or pooling not in POOLINGS:
-        raise DataError(f"got method {method!r} and pooling {pooling!r}; expected mean or pca, and {' or '.join(POOLINGS)}")
+    if method not in _SOURCES or pooling not in _POOLED:
+        raise DataError(f"got method {method!r} and pooling {pooling!r}; expected mean or pca, and {' or '.join(_POOLED)}")
     if best is not None and not 1 <= best <= len(chosen):
         raise DataError(f"best is {best}; expected 1 to {len(chosen)}, the number of layers to choose from")
     if len(texts.classes) != 2 or (kept is not None and kept not in texts.classes):
@@ -96,7 +97,8 @@ def fit_vectors(
         raise DataError("the held-back rows aren't of both classes, so no layer can be chosen; give some rows the split dev or test")
     index = _pair_rows(texts, pairs, is_kept, held, seed) if method == "pca" else None
     rows = encode_texts(lm, [row.text for row in texts.rows], max_tokens)
-    states = _pooled(lm, rows, chosen, pooling, progress)
+    pooled = pooled_states(lm, rows, layers=chosen, poolings=(_POOLED[pooling],), progress=progress)
+    states = {layer: x for (layer, _), x in pooled.items()}
     vectors, found = {}, {}
     for layer in chosen:
         x = states[layer].double()
@@ -127,18 +129,6 @@ def _candidates(lm: LanguageModel, layers: Sequence[int] | None) -> tuple[int, .
     if wrong is not None or not chosen:
         raise DataError(f"layers are {list(chosen)}; {lm.name} has layers 1 to {last} to fit at, without the last, which is the head's")
     return chosen
-
-
-def _pooled(lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Sequence[int], pooling: str, progress: Progress) -> dict[int, Tensor]:
-    """Layer -> one state a row, f32[n, d]."""
-    if pooling == "last":
-        return {layer: x for (layer, _), x in pooled_states(lm, rows, layers=layers, poolings=("last",), progress=progress).items()}
-    found = {layer: torch.empty(len(rows), lm.width) for layer in layers}
-    for chosen, states, mask in token_states(lm, rows, layers=layers, progress=progress):
-        mask[:, 0] &= mask.sum(1) == 1  # a text of one token has no other
-        for layer, values in states.items():
-            found[layer][chosen] = ((values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
-    return found
 
 
 def _pair_rows(texts: LabelledTexts, pairs: Sequence[tuple[str, str]] | None, is_kept: Tensor, held: Tensor, seed: int) -> Tensor:

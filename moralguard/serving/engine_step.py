@@ -9,7 +9,6 @@ from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
 
 from moralguard.backends.arrays import namespace_of
-from moralguard.decoding.loop import FLAGGED
 from moralguard.decoding.rectification import rectify
 from moralguard.decoding.slots import SlotStep
 from moralguard.serving.generation import Generation, Piece
@@ -106,14 +105,14 @@ class Drawer:
     def _take(self, generation: Generation, token: int, text: StoppedText) -> None:
         """Note a token, tell the text that is certain with it, and see whether it was the last one."""
         generation.token_ids.append(token)
+        if generation.told is not None:
+            generation.told(generation, token)
         if generation.given is not None:
             if len(generation.token_ids) == len(generation.given):
                 generation.end("length")
             return
         if not generation.first_token:
             generation.first_token = time.monotonic()
-        if generation.watch is not None and self._flagged(generation, token):
-            return
         if generation.stream or generation.stop:
             piece = text.push(token)
             if generation.stream and piece:
@@ -122,16 +121,6 @@ class Drawer:
             generation.end("stop")
         elif len(generation.token_ids) >= generation.settings.max_new_tokens:
             generation.end("length")
-
-    def _flagged(self, generation: Generation, token: int) -> bool:
-        """Whether its watch ends it; a watch that fails ends it, too, and nothing beside it."""
-        try:
-            if generation.watch is not None and generation.watch(token):
-                generation.end(FLAGGED)
-        except Exception as error:
-            _log.error("a watch failed: %s", whereabouts(error))
-            generation.deny("engine_error", None, type(error).__name__)
-        return bool(generation.finish_reason)
 
     def _tell(self, generation: Generation, piece: str) -> None:
         told = self._told.get(generation, 0)

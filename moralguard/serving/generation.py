@@ -53,14 +53,14 @@ class Generation:
         logprobs: how many of the most probable tokens to tell of each position; None tells nothing.
         trace: record what the guard did at every token.
         attempt, retry, kept: as of a ``Completion``: drafts of a review.
-        watch: told of each token behind ``kept`` and before; true ends the continuation with finish_reason ``FLAGGED``.
+        told: called in the engine's thread with each token, those of ``kept`` too. It must not raise, and must be quick.
         source: the prompt as the request gave it, for reviews. refusal: in place of the server's own, where a review chose one.
         notify: called in the engine's thread with each piece of text (where ``stream``), and with None at the end. It must not raise.
 
         token_ids, text, scores, traces: what came of it; ``text`` is complete at the end only.
         rows_guarded, interventions: tokens that were rectified, and those at which a control acted.
         failed_open: control failures that were passed over because the policy says so.
-        finish_reason: "stop", "length", "content_filter" or "cancelled" (a draft's: FLAGGED, too); "" while it runs.
+        finish_reason: "stop", "length", "content_filter" or "cancelled"; "" while it runs.
         reason: "guard_error", "engine_error", "time_limit" or "review" where one of these ended it; failed_control (a review's method),
             error_type say more.
         submitted, started, first_token, ended: seconds of ``time.monotonic()``; 0 where it didn't come to that.
@@ -82,7 +82,7 @@ class Generation:
     attempt: int = 0
     retry: int = 0
     kept: Sequence[int] = ()
-    watch: Callable[[int], bool] | None = None
+    told: Callable[[Generation, int], None] | None = None
     source: Any = None
     refusal: str | None = None
     notify: Callable[[Generation, Piece | None], None] = lambda generation, piece: None

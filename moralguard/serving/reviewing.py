@@ -10,10 +10,11 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moralguard.decoding.loop import Watch
+from moralguard.decoding.loop import FLAGGED, Watch
 from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import CONTENT_FILTER, Completion
 from moralguard.decoding.settings import DecodingSettings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from moralguard.guard import Guard
 
 _log = logging.getLogger(__name__)
+_Heard = queue.SimpleQueue[tuple[int, int | None, int]]
+"""(draft, its newest token or None at its end, its interventions so far)."""
 _WAIT = 0.05  # seconds between two looks at whether a client has left, and at whether there is room for a draft
 
 
@@ -115,30 +118,49 @@ class EngineDesk(Desk):
         check_passes_fit([item for control in controls for item in control.passes], ids, "the model's own critique")
 
     def draw(self, requests: Sequence[Completion], settings: DecodingSettings, watch: Watch | None) -> Iterator[tuple[int, int]]:
-        over: queue.SimpleQueue[None] = queue.SimpleQueue()
-        drafts = [self._draft(index, request, settings, watch, over) for index, request in enumerate(requests)]
-        # one by one: there need not be room for all of them at once
-        left = sum(self._submitted(draft) for draft in drafts)
-        while left:
-            try:
-                over.get(timeout=_WAIT)
-                left -= 1
-            except queue.Empty:
-                if self.owner.cancelled:
-                    self.engine.cancel(drafts)
+        """Write drafts. A watch reads in this thread, so that the engine and what runs beside never wait for it.
+
+        What the engine drew beyond the token that a watch stopped at is left out, so that nothing depends on how far it got.
+        """
+        heard: _Heard = queue.SimpleQueue()
+        drafts = [self._draft(index, request, settings, watch is not None, heard) for index, request in enumerate(requests)]
+        stopped: dict[int, int] = {}
+        try:
+            # one by one: there need not be room for all of them at once
+            left = sum(self._submitted(draft) for draft in drafts)
+            while left:
+                index, token, interventions = self._next(heard, drafts)
+                if token is None:
+                    left -= 1
+                elif watch is not None and index not in stopped:
+                    requests[index].token_ids.append(token)  # the watch counts them
+                    if watch([(index, token)]):
+                        stopped[index] = interventions
+                        self.engine.cancel([drafts[index]])
+        except Exception:
+            self.engine.cancel(drafts)
+            raise
         for index, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
-            self._take(request, draft)
+            self._take(request, draft, stopped.get(index))
             for token in request.token_ids:
                 yield index, token
 
-    def _draft(
-        self, index: int, request: Completion, settings: DecodingSettings, watch: Watch | None, over: queue.SimpleQueue[None]
-    ) -> Generation:
+    def _next(self, heard: _Heard, drafts: Sequence[Generation]) -> tuple[int, int | None, int]:
+        while True:
+            if self.owner.cancelled:
+                self.engine.cancel(drafts)
+            with suppress(queue.Empty):
+                return heard.get(timeout=_WAIT)
+
+    def _draft(self, index: int, request: Completion, settings: DecodingSettings, watched: bool, heard: _Heard) -> Generation:
         owner = self.owner
 
         def notify(generation: Generation, piece: Piece | None) -> None:
             if piece is None:
-                over.put(None)
+                heard.put((index, None, generation.interventions))
+
+        def told(generation: Generation, token: int) -> None:
+            heard.put((index, token, generation.interventions))
 
         return Generation(
             prompt_ids=request.prompt_ids,
@@ -148,7 +170,7 @@ class EngineDesk(Desk):
             attempt=request.attempt,
             retry=request.retry,
             kept=tuple(request.kept),
-            watch=None if watch is None else lambda token: index in watch([(index, token)]),
+            told=told if watched else None,
             guard=owner.guard,
             policy=owner.policy,
             strength=owner.strength,
@@ -156,7 +178,6 @@ class EngineDesk(Desk):
             stop_ids=owner.stop_ids,
             trace=owner.trace,
             notify=notify,
-            token_ids=request.token_ids,  # the watch counts them
         )
 
     def _submitted(self, draft: Generation) -> bool:
@@ -170,13 +191,18 @@ class EngineDesk(Desk):
         draft.end("cancelled")
         return False
 
-    def _take(self, request: Completion, draft: Generation) -> None:
+    def _take(self, request: Completion, draft: Generation, interventions: int | None) -> None:
+        """Hand a draft's end to its request; ``interventions`` up to where a watch stopped it, None where none did."""
         owner = self.owner
         owner.rows_guarded += draft.rows_guarded
-        owner.interventions += draft.interventions
+        owner.interventions += draft.interventions if interventions is None else interventions
         owner.failed_open += draft.failed_open
         owner.started, owner.first_token = owner.started or draft.started, owner.first_token or draft.first_token
-        self.reason = draft.reason
+        if interventions is not None:
+            self.reason, request.finish_reason, request.text = None, FLAGGED, None
+            request.trace = draft.traces[: len(request.token_ids)]
+            return
+        self.reason, request.token_ids[:] = draft.reason, draft.token_ids
         request.finish_reason, request.text, request.trace = draft.finish_reason, draft.text, draft.traces
         if draft.finish_reason == CONTENT_FILTER:  # a control failed; a refusal is the review's own word
             request.finish_reason, request.failed_control, request.error = "guard_error", draft.failed_control, draft.error_type
