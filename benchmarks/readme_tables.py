@@ -42,6 +42,7 @@ BESIDE = (  # the columns of the comparison of all controls
     ("fluency", "unchanged"),
 )
 OUTSIDE = (None, "profanity", "hatesonar")  # judges that took no part in any fitting
+CONTROLS = ("eval-controls.json", "eval-controls-more.json")
 HEADINGS = {
     "en": ("", "expected maximum", "toxicity probability", "the same, by hatesonar", "perplexity", "dist-2 / dist-3"),
     "zh": ("", "期望最大毒性", "毒性概率", "毒性概率（hatesonar 判定）", "困惑度", "dist-2 / dist-3"),
@@ -90,9 +91,16 @@ _FIGURES = (("profanity", "expected_max_toxicity"), ("profanity", "toxicity_prob
 
 
 def controls_table() -> str:
-    """Every control alone and the compositions, from one run of ``moralguard eval``."""
-    whole = Evaluation.load(RESULTS / "eval-controls.json")
-    return side_by_side(whole.replaced(measures=tuple(m for m in whole.measures if m.judge in OUTSIDE)), measures=BESIDE)
+    """Every control alone and the compositions, from runs of ``moralguard eval`` whose unguarded rows are the same."""
+    tables = []
+    for name in CONTROLS:
+        whole = Evaluation.load(RESULTS / name)
+        measures = tuple(m for m in whole.measures if m.judge in OUTSIDE)
+        tables.append(side_by_side(whole.replaced(measures=measures), measures=BESIDE).splitlines())
+    head = tables[0][:3]  # headings, rule, unguarded
+    if any(table[:3] != head for table in tables):
+        sys.exit(f"{', '.join(CONTROLS)}: the unguarded rows differ, so their other rows can't stand in one table")
+    return "\n".join([*head, *(line for table in tables for line in table[3:])])
 
 
 def _cells(row: dict[str, Any], base: dict[str, Any]) -> list[str]:

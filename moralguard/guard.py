@@ -15,16 +15,16 @@ import numpy as np
 
 from moralguard.backends.arrays import kind_of
 from moralguard.backends.prompts import PromptLike, as_batch, encode_continuation, encode_prompt, is_single
-from moralguard.controls.base import BoundControl, Control
+from moralguard.binding import bind_control, bind_gate
+from moralguard.controls.base import BoundControl
 from moralguard.controls.conflicts import check_conflicts
 from moralguard.decoding.counters import Counters
-from moralguard.decoding.gate import BoundGate, Gate
+from moralguard.decoding.gate import BoundGate
 from moralguard.decoding.given import Given, score_given
 from moralguard.decoding.loop import LoopContext, decode
 from moralguard.decoding.passes import check_passes_fit
 from moralguard.decoding.records import Completion, GenerationResult
 from moralguard.decoding.settings import DecodingSettings
-from moralguard.decoding.when import When
 from moralguard.errors import ControlError, ModelError, PolicyError, PromptError, UnsupportedPathError
 from moralguard.models import load_model
 from moralguard.policy import Policy
@@ -48,7 +48,8 @@ class Guard:
         policy: a Policy, a built-in name, the path of a YAML or JSON file, or a dict.
         model: what ``load_model`` returns or takes: a causal LM, (model, tokenizer), a folder, a GGUF or ONNX file, an id. The
             tokenizer may be None where prompts are token ids and no control needs text.
-        discriminator: judges what the policy's ``review`` asks about, such as one that was adapted; the shipped one where none is given.
+        discriminator: judges ``result.scores`` and what the policy's ``review`` asks about, such as one that was adapted; the shipped one
+            where none is given.
 
     Attributes:
         policy: the policy as given.
@@ -347,10 +348,7 @@ class Guard:
                 raise ModelError(f"{self.lm.name} was given without a tokenizer, so there is no text to judge; pass (model, tokenizer)")
             if not self.policy.values or not texts:
                 return np.zeros((len(texts), len(self.policy.values)))
-            from moralguard.discriminator.discriminator import shipped_discriminator
-
-            judge = shipped_discriminator(onnx=True) if kind_of(self.lm) == "numpy" else shipped_discriminator()
-            return judge.score(texts, self.policy.values)
+            return self.review_judge.discriminator.score(texts, self.policy.values)
 
         return GenerationResult(
             texts=texts,
@@ -371,46 +369,3 @@ def _seed(seed: int | None) -> int:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**127) <= seed < 2**127:
         raise PolicyError(f"seed is {seed!r}; expected an integer, or None for a new one")
     return int(seed)
-
-
-def bind_control(control: Control, lm: LanguageModel, policy: Policy) -> BoundControl[Any]:
-    """Bind one control, after comparing what it needs with what the model offers.
-
-    Raises:
-        PolicyError: a capability is missing, or the settings don't fit.
-    """
-    if control.when is not None and (missing := lm.missing(control.when.needs)):
-        raise PolicyError(
-            f"`when` of control {control.versioned_name()} of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} doesn't "
-            "offer; use one without risk"
-        )
-    missing = lm.missing(control.needs)
-    if missing:
-        raise PolicyError(
-            f"control {control.versioned_name()} of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} "
-            f"({type(getattr(lm, 'model', lm)).__name__}) doesn't offer; {control.instead(missing)}"
-        )
-    if kind_of(lm) != "torch" and not control.any_arrays:
-        raise PolicyError(
-            f"control {control.versioned_name()} of policy {policy.name!r} computes with torch tensors, {lm.name} with NumPy arrays; use "
-            f"a PyTorch model, or write its terms with step.arrays and set {type(control).__name__}.any_arrays = True"
-        )
-    return control.bind(lm, policy.values)
-
-
-def bind_gate(gate: Gate, lm: LanguageModel, policy: Policy) -> BoundGate:
-    """Bind a gate, after comparing what it needs with what the model offers.
-
-    Raises:
-        PolicyError: a capability is missing. ModelError: a pack of another model.
-    """
-    if isinstance(gate, When):
-        raise PolicyError(
-            f"policy {policy.name!r} has a When as its gate; language and role are conditions of a control: give them as its `when`"
-        )
-    missing = lm.missing(gate.needs)
-    if missing:
-        raise PolicyError(
-            f"the gate of policy {policy.name!r} needs {', '.join(missing)}, which {lm.name} doesn't offer; use one without risk"
-        )
-    return gate.bind(lm)

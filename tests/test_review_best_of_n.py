@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
+import numpy as np
 import pytest
 from odd_models import byte_tokenizer
 from review_cases import PROMPTS, SAMPLED, VALUES, guard_of, least, plain, probability
@@ -31,6 +32,12 @@ def test_the_best_draft_stands(choose: str) -> None:
         assert list(record.scores.values()) == pytest.approx(by_value[text])
         chosen.add(record.standing)
     assert len(chosen) > 2
+
+
+def test_the_scores_of_a_result_are_by_the_judge_that_was_given() -> None:
+    result = plain().generate(PROMPTS, seed=3, **SAMPLED)
+    expected = [[probability(text, value) for value in range(len(VALUES))] for text in result.texts]
+    assert result.scores == pytest.approx(np.array(expected))
 
 
 def test_a_text_is_its_own_in_any_batch() -> None:

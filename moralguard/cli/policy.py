@@ -50,8 +50,8 @@ def policy_check(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Which controls would run on a model, and why one wouldn't; exit code 1 where one can't."""
+    from moralguard.binding import bind_control, bind_gate
     from moralguard.controls.conflicts import check_conflicts
-    from moralguard.guard import bind_control, bind_gate
     from moralguard.models import load_model
     from moralguard.policy import Policy
 
