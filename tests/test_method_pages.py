@@ -37,6 +37,12 @@ def test_the_table_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_page_says_what_was_measured() -> None:
+    program = ROOT / "benchmarks" / "method_effects.py"
+    done = subprocess.run([sys.executable, str(program), "--check"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_code_lines_leave_out_what_is_no_code(lines: ModuleType) -> None:
     source = '"""Module."""\n\n# why\nx = """two\nlines"""  # beside\n\n\nclass A:\n    """Doc\n    of two."""\n\n'
     source += '    y: int = 0\n    """Of y."""\n'
