@@ -20,8 +20,9 @@ from moralguard.cli import app
 from moralguard.controls import DExperts, Prefix
 from moralguard.errors import DataError, PolicyError
 from moralguard.fitting.hidden_states import encode_texts
-from moralguard.fitting.prefix import PrefixSettings, _first, fit_prefixes, loss_of, nats_behind, padded
+from moralguard.fitting.prefix import PrefixSettings, _first, fit_prefixes, loss_of, nats_behind
 from moralguard.fitting.prefix_packs import fit_prefix_packs
+from moralguard.fitting.training_loop import padded
 from moralguard.packs import PackData, read_pack
 
 SETTINGS = PrefixSettings(length=4, steps=40, batch_size=8, learning_rate=0.2, bfloat16=False, checkpoint_every=15)

@@ -6,11 +6,8 @@ ride the base's forward as extra rows and take megabytes instead of gigabytes. W
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,17 @@ from pydantic import Field
 
 from moralguard.backends.hf import LanguageModel
 from moralguard.errors import DataError, ModelError
-from moralguard.fitting.checkpoints import linear_rate, load_checkpoint, save_checkpoint
 from moralguard.fitting.hidden_states import encode_texts
-from moralguard.schema import StrictModel
+from moralguard.fitting.training_loop import LoopSettings, Report, padded, run_key, texts_of_a_step, train
 
 
-class ExpertSettings(StrictModel):
-    """How an adapter is trained.
+class ExpertSettings(LoopSettings):
+    """How an adapter is trained; see ``LoopSettings`` for the rest.
 
     Attributes:
         rank, alpha: of the adapter; its product is scaled by alpha / rank.
         modules: names of the linear modules that are adapted, or "all-linear". MLP projections alone are a third of a decoder's
             linear modules, and decoding pays for each.
-        steps: optimiser steps; batch_size texts each.
-        max_tokens: longer texts are cut.
-        bfloat16: compute the products in bfloat16 (the adapter stays float32).
     """
 
     rank: int = Field(8, ge=1)
@@ -44,11 +37,6 @@ class ExpertSettings(StrictModel):
     batch_size: int = Field(32, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    max_tokens: int = Field(48, ge=2)
-    seed: int = 0
-    bfloat16: bool = True
-    checkpoint_every: int = Field(100, ge=1)
 
 
 def fit_expert(
@@ -57,7 +45,7 @@ def fit_expert(
     out: str | Path,
     settings: ExpertSettings | None = None,
     *,
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    report: Report = lambda step, steps, loss: None,
 ) -> Path:
     """Train an adapter on ``texts`` and write it to ``out`` (adapter_config.json, adapter_model.safetensors).
 
@@ -79,7 +67,7 @@ def fit_expert(
     rows = [ids for ids in encode_texts(lm, texts, settings.max_tokens) if len(ids) >= 2]
     if not rows:
         raise DataError(f"none of the {len(texts)} texts has two tokens or more; an expert needs text to learn from")
-    key = hashlib.sha256(f"{settings.model_dump_json(exclude={'checkpoint_every'})}{lm.fingerprint}{rows}".encode()).hexdigest()
+    key = run_key(settings, lm, rows)
     checkpoint = folder / "checkpoint.safetensors"
     torch.manual_seed(settings.seed)  # peft draws A
     modules = settings.modules if isinstance(settings.modules, str) else list(settings.modules)
@@ -115,42 +103,19 @@ def _train(
     settings: ExpertSettings,
     checkpoint: Path,
     key: str,
-    report: Callable[[int, int, float], None],
+    report: Report,
 ) -> None:
     optimizer = torch.optim.AdamW(trainable.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
-    start = load_checkpoint(checkpoint, key, trainable, optimizer)
-    warm = max(1, int(settings.warmup * settings.steps))
-    kind = lm.device.type
-    running = 0.0
+    lengths = [len(ids) for ids in rows]
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        ids, mask = padded([rows[i] for i in texts_of_a_step(lengths, settings, step)], lm.device)
+        logits = wrapped(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
     wrapped.train()
     try:
-        for step in range(start, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * linear_rate(step, warm, settings.steps)
-            ids, mask = _batch(rows, settings, step, lm.device)
-            with torch.enable_grad(), torch.autocast(kind, torch.bfloat16) if settings.bfloat16 else nullcontext():
-                logits = wrapped(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-                targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
-            report(step + 1, settings.steps, running)
-            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-                save_checkpoint(checkpoint, key, trainable, optimizer, step + 1)
+        train(trainable, optimizer, settings, loss_of_step, device=lm.device, checkpoint=checkpoint, key=key, report=report)
     finally:
         wrapped.eval()
-
-
-def _batch(rows: Sequence[list[int]], settings: ExpertSettings, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and mask i64[B, T] of a step: a pure function of the step. Texts of a like length go together."""
-    chooser = random.Random(f"{settings.seed}:{step}")
-    pool = sorted(chooser.sample(range(len(rows)), min(len(rows), 8 * settings.batch_size)), key=lambda i: len(rows[i]))
-    first = chooser.randrange(max(1, len(pool) - settings.batch_size + 1))
-    chosen = [rows[i] for i in pool[first : first + settings.batch_size]]
-    width = max(map(len, chosen))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in chosen], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in chosen], device=device)
-    return ids, mask

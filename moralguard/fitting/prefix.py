@@ -12,10 +12,8 @@ peft has the first two methods, but starts a cache from noise and reads one pref
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +26,7 @@ from moralguard.backends.hf import LanguageModel
 from moralguard.backends.kv_cache import cache_from
 from moralguard.backends.learned_prefix import keys_and_values, prefix_of
 from moralguard.errors import DataError
-from moralguard.fitting.checkpoints import linear_rate, load_checkpoint, save_checkpoint
-from moralguard.schema import StrictModel
+from moralguard.fitting.training_loop import LoopSettings, Report, padded, run_key, texts_of_a_step, train
 
 Prefix = dict[str, Tensor]
 """What a pack holds: ``embeddings`` f[n, d], or ``keys.i`` and ``values.i`` f[heads, n, head_dim]; nothing is no prefix."""
@@ -37,33 +34,23 @@ Row = tuple[list[int], int]
 """Token ids of a text and its class, a place in the list of prefixes."""
 
 
-class PrefixSettings(StrictModel):
-    """How prefixes are trained.
+class PrefixSettings(LoopSettings):
+    """How prefixes are trained; see ``LoopSettings`` for the rest.
 
     Attributes:
         method: "prompt-tuning" (vectors), "prefix-tuning" (keys and values) or "contrastive" (keys and values of both classes).
         length: positions of a prefix; 10 is Li & Liang's for table-to-text.
         omega_1, omega_2: weights of L_LM and L_d of "contrastive"; ours, as the paper chooses them a task. omega_2 0 trains the
             classes apart.
-        steps: optimiser steps; batch_size texts each.
         learning_rate: None is 0.01 for keys and values and 0.02 for vectors, found on SmolLM2; the papers' rates belong to what is left
             out here (see the module).
-        max_tokens: longer texts are cut.
-        bfloat16: compute the products in bfloat16 (the prefix stays float32).
     """
 
     method: Literal["prompt-tuning", "prefix-tuning", "contrastive"] = "contrastive"
     length: int = Field(10, ge=1)
     omega_1: float = Field(0.8, ge=0)
     omega_2: float = Field(0.2, ge=0)
-    steps: int = Field(300, ge=1)
-    batch_size: int = Field(16, ge=1)
     learning_rate: float | None = Field(None, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    max_tokens: int = Field(48, ge=2)
-    seed: int = 0
-    bfloat16: bool = True
-    checkpoint_every: int = Field(100, ge=1)
 
     @property
     def rate(self) -> float:
@@ -76,7 +63,7 @@ def fit_prefixes(
     settings: PrefixSettings,
     checkpoint: Path,
     *,
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    report: Report = lambda step, steps, loss: None,
 ) -> list[Prefix]:
     """Train one prefix a class, all at once; the model is as before afterwards.
 
@@ -92,30 +79,23 @@ def fit_prefixes(
     if not classes or not all(classes):
         raise DataError("a class has no text of two tokens or more; a prefix needs text to learn from")
     rows = [(ids, label) for label, texts in enumerate(classes) for ids in texts]
-    key = hashlib.sha256(f"{settings.model_dump_json(exclude={'checkpoint_every'})}{lm.fingerprint}{rows}".encode()).hexdigest()
     prefixes = [_first(lm, texts, settings) for texts in classes]
     trainable = {f"{label}.{name}": p for label, prefix in enumerate(prefixes) for name, p in prefix.items()}
     optimizer = torch.optim.AdamW(trainable.values(), lr=settings.rate, weight_decay=0.0)
-    start = load_checkpoint(checkpoint, key, trainable, optimizer)
-    warm, running = max(1, int(settings.warmup * settings.steps)), 0.0
+    lengths = [len(ids) for ids, _ in rows]
+
+    def loss_of_step(step: int) -> Tensor:
+        chosen = [rows[i] for i in texts_of_a_step(lengths, settings, step)]
+        ids, mask = padded([ids for ids, _ in chosen], lm.device)
+        labels = torch.tensor([label for _, label in chosen], device=lm.device)
+        return loss_of(nats_behind(lm, prefixes, ids, mask), mask, labels, settings)
+
     frozen = {p: p.requires_grad for p in lm.model.parameters()}
     for p in frozen:
         p.requires_grad_(False)
     try:
-        for step in range(start, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate * linear_rate(step, warm, settings.steps)
-            ids, mask, labels = _batch(rows, settings, step, lm.device)
-            with torch.enable_grad(), torch.autocast(lm.device.type, torch.bfloat16) if settings.bfloat16 else nullcontext():
-                loss = loss_of(nats_behind(lm, prefixes, ids, mask), mask, labels, settings)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
-            report(step + 1, settings.steps, running)
-            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-                save_checkpoint(checkpoint, key, trainable, optimizer, step + 1)
+        key = run_key(settings, lm, rows)
+        train(trainable, optimizer, settings, loss_of_step, device=lm.device, checkpoint=checkpoint, key=key, report=report)
     finally:
         for p, required in frozen.items():
             p.requires_grad_(required)
@@ -171,19 +151,3 @@ def _first(lm: LanguageModel, texts: Sequence[list[int]], settings: PrefixSettin
         found = {f"{side}.{i}": tensor[0] for i, pair in pairs for side, tensor in zip(("keys", "values"), pair, strict=True)}
     prefix_of(lm, found, "the first prefix")  # refuses a model that takes none before anything is trained
     return {name: tensor.detach().float().clone().requires_grad_() for name, tensor in found.items()}
-
-
-def _batch(rows: Sequence[Row], settings: PrefixSettings, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids and mask i64[B, T] and classes i64[B] of a step: a pure function of the step. Texts of a like length go together."""
-    chooser = random.Random(f"{settings.seed}:{step}")
-    pool = sorted(chooser.sample(range(len(rows)), min(len(rows), 8 * settings.batch_size)), key=lambda i: len(rows[i][0]))
-    first = chooser.randrange(max(1, len(pool) - settings.batch_size + 1))
-    chosen = [rows[i] for i in pool[first : first + settings.batch_size]]
-    return *padded([ids for ids, _ in chosen], device), torch.tensor([label for _, label in chosen], device=device)
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask i64[B, T]."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

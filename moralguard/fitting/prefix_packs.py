@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from moralguard.backends.hf import LanguageModel
 from moralguard.controls.prefix_pack import PREFIX_FILE
 from moralguard.fitting.hidden_states import encode_texts
 from moralguard.fitting.labelled import LabelledTexts
-from moralguard.fitting.prefix import Prefix, PrefixSettings, fit_prefixes, nats_behind, padded
+from moralguard.fitting.prefix import Prefix, PrefixSettings, fit_prefixes, nats_behind
+from moralguard.fitting.training_loop import Report, padded
 from moralguard.packs import PackData, write_pack
 
 _MOST_HELD_BACK = 200
@@ -32,7 +33,7 @@ def fit_prefix_packs(
     *,
     value: str = "",
     sources: Sequence[PackData] = (),
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    report: Report = lambda step, steps, loss: None,
 ) -> list[Path]:
     """Train on the training split and write the packs ``kept`` (class 1) and, contrastive, ``broken`` (class 0); their folders.
 

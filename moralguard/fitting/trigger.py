@@ -24,7 +24,7 @@ from torch import Tensor
 from moralguard.backends.hf import LanguageModel
 from moralguard.backends.prompts import encode_words, place_prefix
 from moralguard.errors import DataError
-from moralguard.fitting.prefix import padded
+from moralguard.fitting.training_loop import padded
 from moralguard.schema import StrictModel
 
 _MARK = -1  # no token's id, so that it tells where the trigger goes
