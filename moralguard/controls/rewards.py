@@ -60,17 +60,23 @@ class CandidateReward(ABC):
     def __init__(self, where: str):
         self.where = where
 
-    def of(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+    def of(self, step: Step, candidates: torch.Tensor, *, infinite: bool = False) -> torch.Tensor:
         """f32[R, C] of candidates i64[R, C].
 
+        Args:
+            infinite: infinite numbers are let pass.
+
         Raises:
-            ValueError: the shape is another, or a number is NaN or infinite.
+            ValueError: the shape is another, or a number is NaN, or infinite where that isn't let pass.
         """
         found = self._of(step, candidates)
         if tuple(found.shape) != tuple(candidates.shape):
             raise ValueError(f"{self.where} gave rewards of shape {tuple(found.shape)}; expected {tuple(candidates.shape)}")
         rewards: torch.Tensor = step.arrays.as_float(found)
-        if not bool(step.arrays.isfinite(rewards).all()):
+        arrays = step.arrays
+        if infinite and bool(arrays.isnan(rewards).any()):
+            raise ValueError(f"{self.where} gave NaN; expected numbers")
+        if not infinite and not bool(arrays.isfinite(rewards).all()):
             raise ValueError(f"{self.where} gave a reward that is NaN or infinite; rewards must be finite numbers")
         return rewards
 
