@@ -124,7 +124,7 @@ def test_a_policy_scaled_is_its_controls_scaled() -> None:
     with pytest.raises(PolicyError, match="self-debias@1 has no strength"):
         mg.Policy(controls=[Unscaled(prefixes=[[3]])]).scaled(2.0)
     detox = mg.Policy.load("detox").scaled(1.5)
-    assert [getattr(control, "strength", None) or control.alpha for control in detox.fitted[0].controls] == [4.5, 3.0]
+    assert [getattr(control, "strength", None) or control.alpha for control in detox.fitted[0].controls] == [4.5, 4.5]
 
 
 def test_guards_are_bound_once_and_their_counts_added_up() -> None:
