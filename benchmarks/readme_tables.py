@@ -91,7 +91,8 @@ _FIGURES = (("profanity", "expected_max_toxicity"), ("profanity", "toxicity_prob
 
 
 def controls_table() -> str:
-    """Every control alone and the compositions, from runs of ``moralguard eval`` whose unguarded rows are the same."""
+    """Every control alone and the compositions, from runs of ``moralguard eval`` whose unguarded rows are the same; a later run's row of
+    a policy stands in place of an earlier one's."""
     tables = []
     for name in CONTROLS:
         whole = Evaluation.load(RESULTS / name)
@@ -100,7 +101,8 @@ def controls_table() -> str:
     head = tables[0][:3]  # headings, rule, unguarded
     if any(table[:3] != head for table in tables):
         sys.exit(f"{', '.join(CONTROLS)}: the unguarded rows differ, so their other rows can't stand in one table")
-    return "\n".join([*head, *(line for table in tables for line in table[3:])])
+    rows = {line.split("|")[1]: line for table in tables for line in table[3:]}
+    return "\n".join([*head, *rows.values()])
 
 
 def _cells(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
