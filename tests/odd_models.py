@@ -115,7 +115,7 @@ BAG = tuple(range(20, 60))
 CONTROLS: dict[str, Callable[..., Control]] = {
     "dexperts": lambda alpha=1.5: DExperts(expert=expert(), anti_expert=Prompt([9, 8, 7]), alpha=alpha, filter_p=0.95),
     "fudge": lambda strength=2.0: Fudge(discriminator=future, strength=strength, top_k=30),
-    "self_debias": lambda decay_constant=300.0: SelfDebias(prefixes=[[11, 12, 13], [14]], decay_constant=decay_constant),
+    "self_debias": lambda decay_constant=100.0: SelfDebias(prefixes=[[11, 12, 13], [14]], decay_constant=decay_constant),
     "nullspace": lambda keep=0.25: NullspaceProjection(basis=basis(), keep=keep),
     "pplm": lambda stepsize=0.3: PPLM(bag_of_words=[BAG], stepsize=stepsize, num_iterations=2, gamma=1.0),
 }

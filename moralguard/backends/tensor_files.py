@@ -21,7 +21,7 @@ _DTYPES: dict[str, Any] = {
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name.
+    """Tensors by name, in memory of their own: products round by how their operands lie in memory, and in the file they lie anywhere.
 
     Raises:
         ModelError: it isn't a whole safetensors file.
@@ -29,7 +29,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
 
