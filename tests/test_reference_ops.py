@@ -125,6 +125,10 @@ def test_top_k_of_the_whole_vocabulary_keeps_everything() -> None:
     z = torch.tensor([[3.0, 1.0, NEG]])
     assert ops.top_k_threshold(z, 3).item() == NEG
     assert ops.top_k_threshold(z, 2).item() == 1.0
+    row = np.full(2000, NEG, dtype=np.float32)
+    row[::100] = np.arange(20) * 3.0  # some of them far under the largest
+    for k in (1, 2, 19, 20, 21, 50, 2000):
+        assert levels.kth_largest(row, k) == np.sort(row)[-k]
 
 
 @few

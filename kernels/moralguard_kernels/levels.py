@@ -29,6 +29,9 @@ def kth_largest(z: NDArray[Any], k: int) -> float:
     for ids in _down_from_the_top(z):
         if len(ids) >= k:
             return float(np.partition(z[ids], -k)[-k])
+        # behind a filter there may be fewer than k tokens left; a partition of nothing but -inf takes a hundred times as long
+        if np.count_nonzero(z > -np.inf) < k <= len(z):
+            return float("-inf")
     raise ValueError(f"k is {k}, of {len(z)} logits; expected 1 to {len(z)}")
 
 
