@@ -93,7 +93,7 @@ def bind_expert(expert: Any, lm: LanguageModel, where: str) -> Pass:
         return _adapted(lm, expert, str(expert), where)
     if isinstance(expert, (str, Path)):
         _check_same_backend(lm, str(expert), "numpy" if is_onnx_source(expert) else "torch", where)  # before it is loaded
-    other = as_language_model(expert, where)
+    other = as_language_model(expert, where, lm)
     if weights_of(other) is weights_of(lm):
         return Pass(lm)
     _check_same_backend(lm, other.name, kind_of(other), where)
@@ -140,14 +140,15 @@ def read_expert_pack(source: str | Path) -> Pack:
     return pack
 
 
-def as_language_model(source: Any, where: str) -> LanguageModel:
+def as_language_model(source: Any, where: str, base: LanguageModel) -> LanguageModel:
+    """The model that is given, or loaded to where the base is."""
     if is_language_model(source):
         found: LanguageModel = source
         return found
     if isinstance(source, (str, Path)):
         from moralguard.models import load_model
 
-        return load_model(str(source))
+        return load_model(str(source), device=getattr(base, "device", None))
     if (isinstance(source, tuple) and len(source) == 2) or (hasattr(source, "generate") and hasattr(source, "config")):
         from moralguard.backends.hf import LanguageModel
 

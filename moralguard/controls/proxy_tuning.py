@@ -92,7 +92,7 @@ def _bind(expert: Any, lm: LanguageModel, where: str) -> Pass:
         return bind_expert(expert, lm, where)
     if isinstance(expert, (str, Path)) and kind_of(lm) != "torch":
         return bind_expert(expert, lm, where)  # tells a backend that doesn't fit before the model is loaded
-    other = expert if is_language_model(expert) else as_language_model(expert, where)
+    other = expert if is_language_model(expert) else as_language_model(expert, where, lm)
     if kind_of(other) != kind_of(lm) or other.vocab_size <= lm.vocab_size:
         return bind_expert(other, lm, where)
     if lm.tokenizer is not None and other.tokenizer is not None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moralguard.backends.arrays import kind_of, namespace_of, weights_of
+from moralguard.backends.arrays import kind_of, namespace_for, namespace_of, weights_of
 from moralguard.backends.prompts import place_prefix
 from moralguard.errors import PromptError
 
@@ -90,41 +90,58 @@ def check_passes_fit(passes: Sequence[Pass], prompt: Sequence[int], where: str) 
 class PassView:
     """The rows of one pass in a group, one a request, in the session's order.
 
-    ``rows`` is where they stand in the group.
+    What controls combine with the base's numbers comes to where these are, as an expert may live on another device; mask, keys and
+    values stay with the pass's weights.
+
+    Attributes:
+        rows: where they stand in the group.
+        like: an array on the base's device; None leaves everything where it is.
     """
 
     group: RowGroup
     rows: slice
+    like: torch.Tensor | None = None
 
     def row(self, i: int) -> PassView:
         """Row i alone."""
-        return PassView(self.group, slice(self.rows.start + i, self.rows.start + i + 1))
+        return replace(self, rows=slice(self.rows.start + i, self.rows.start + i + 1))
+
+    def beside(self, like: torch.Tensor) -> PassView:
+        """The same rows, their numbers where ``like`` is."""
+        return replace(self, like=like)
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        """The view's rows of a group's values."""
+        own = values[self.rows]
+        if self.like is not None:
+            own = namespace_for(self.like).beside(own, self.like)
+        return own
 
     @property
     def logits(self) -> torch.Tensor:
         """f32[R, V] at the newest position."""
-        return self.group.logits[self.rows]
+        return self._own(self.group.logits)
 
     @property
     def hidden(self) -> torch.Tensor:
         """f[R, d]."""
         if self.group.hidden is None:
             raise RuntimeError("this pass keeps no hidden states; declare `needs = Capabilities(hidden=True)`")
-        return self.group.hidden[self.rows]
+        return self._own(self.group.hidden)
 
     @property
     def head_logits(self) -> torch.Tensor | None:
         """f[R, V], the head's output before scale and soft cap; None on a backend that gives it only where there is a cap."""
         if self.group.hidden is None:
             raise RuntimeError("this pass keeps no hidden states; declare `needs = Capabilities(hidden=True)`")
-        return None if self.group.head_logits is None else self.group.head_logits[self.rows]
+        return None if self.group.head_logits is None else self._own(self.group.head_logits)
 
     @property
     def hidden_sum(self) -> torch.Tensor:
         """f32[R, d], sum of hidden states before the newest position."""
         if self.group.hidden_sum is None:
             raise RuntimeError("this pass keeps no sums of hidden states; ask for them with Pass(states=True)")
-        return self.group.hidden_sum[self.rows]
+        return self._own(self.group.hidden_sum)
 
     @property
     def log_likelihood(self) -> torch.Tensor:
@@ -133,14 +150,12 @@ class PassView:
         A first token that nothing stands before isn't counted, nor one right behind a learned prefix, which has no law. Follows its
         row through reordering, rewinding and leaving.
         """
-        sums: torch.Tensor = self._likelihood.sums[self.rows]
-        return sums
+        return self._own(self._likelihood.sums)
 
     @property
     def counted(self) -> torch.Tensor:
         """i64[R], how many tokens ``log_likelihood`` counts."""
-        counts: torch.Tensor = self._likelihood.counts[self.rows]
-        return counts
+        return self._own(self._likelihood.counts)
 
     @property
     def _likelihood(self) -> Likelihood:

@@ -77,7 +77,7 @@ class Step:
         """The rows of a declared pass."""
         if self.view is None:
             raise RuntimeError("this step was built without auxiliary passes")
-        return self.view(item)
+        return self.view(item).beside(self.logits)
 
     def weight(self, value: float) -> torch.Tensor:
         """f32[R] filled with one value: a per-row weight."""
