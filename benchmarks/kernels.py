@@ -3,10 +3,11 @@
 Two chains, both from bf16 logits of a base, an expert and an anti-expert:
     mix     the dense mix z + alpha (z+ - z-) alone, stored as float32;
     chain   DExperts with its base nucleus, temperature, top-k, top-p and the draw; eager PyTorch takes transformers' own warpers.
-On a GPU every contender is captured in a CUDA graph, one for each of several input sets that together exceed the L2 cache, and the
-replays are timed with events; the copy bandwidth is measured in the same run. Without a GPU the reference path is timed and said so.
+On a GPU every contender is captured in a CUDA graph, one for each of several input sets (which exceed the L2 cache together wherever
+16 of them can), and the replays are timed with events; the copy bandwidth is measured in the same run. Without a GPU the reference path
+is timed and said so. ``--batch`` divides a long run: torch.compile takes a while at every point.
 
-    python benchmarks/kernels.py [--quick] [--device cuda] [--out FOLDER]
+    python benchmarks/kernels.py [--quick] [--batch 1 8] [--device cuda] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from moralguard.evaluation.environment import environment
 from moralguard_kernels import reference_ops
 
 ALPHA, FILTER_P, TOP_K = 2.0, 0.9, 50
-SETS_BYTES = 256 * 2**20  # inputs rotated over, several times the L2 cache
+SETS_BYTES, MOST_SETS = 256 * 2**20, 16  # inputs rotated over: several times the L2 cache, or as many sets
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,14 @@ def inputs_of(point: Point, device: str, index: int, real: torch.Tensor | None) 
     return Inputs(*matrices, seed, torch.full((point.batch,), index, device=device))
 
 
-def fused_mix(x: Inputs) -> torch.Tensor:
+def _mix_terms(x: Inputs) -> dict[str, object]:
     weights = torch.tensor([[0.0, ALPHA, -ALPHA]], device=x.base.device).expand(len(x.base), 3).contiguous()
-    return ops.rectify_logits(x.base, sources=[x.expert, x.anti_expert], groups=[2], weights=weights)
+    return {"sources": [x.expert, x.anti_expert], "groups": [2], "weights": weights}
+
+
+def fused_mix(x: Inputs) -> Callable[[], torch.Tensor]:
+    terms = _mix_terms(x)
+    return lambda: ops.rectify_logits(x.base, **terms)
 
 
 def eager_mix(x: Inputs) -> torch.Tensor:
@@ -79,10 +85,7 @@ def fused_chain(point: Point, x: Inputs) -> Callable[[], torch.Tensor]:
     def each(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.full((point.batch,), value, dtype=dtype, device=x.base.device)
 
-    terms = {
-        "sources": [x.expert, x.anti_expert],
-        "groups": [2],
-        "weights": torch.tensor([[0.0, ALPHA, -ALPHA]], device=x.base.device).expand(point.batch, 3).contiguous(),
+    terms = _mix_terms(x) | {
         "base_top_p": each(FILTER_P),
         "temperature": each(point.temperature),
         "top_k": each(TOP_K, torch.int32),
@@ -92,7 +95,10 @@ def fused_chain(point: Point, x: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def eager_chain(point: Point, x: Inputs) -> torch.Tensor:
-    """As in the authors' code and transformers' generate: filter the base, mix, warp, softmax, multinomial."""
+    """As in the authors' code and transformers' generate: filter the base, mix, warp, softmax, draw.
+
+    The draw is what ``torch.multinomial`` does for one token; its checks, which wait for the device, can't be captured in a graph.
+    """
     none = torch.empty(0, dtype=torch.int64, device=x.base.device)
     z = TopPLogitsWarper(FILTER_P)(none, x.base.float())
     z = z + ALPHA * (x.expert.float() - x.anti_expert.float())
@@ -101,7 +107,8 @@ def eager_chain(point: Point, x: Inputs) -> torch.Tensor:
     z = TopKLogitsWarper(TOP_K)(none, z)
     if point.top_p < 1.0:
         z = TopPLogitsWarper(point.top_p)(none, z)
-    return torch.multinomial(torch.softmax(z, -1), 1)
+    law = torch.softmax(z, -1)
+    return (law / torch.empty_like(law).exponential_()).argmax(-1)
 
 
 def flashinfer_chain(point: Point, x: Inputs) -> torch.Tensor:
@@ -136,7 +143,7 @@ def contenders(point: Point, compiled: bool) -> dict[str, Callable[[Inputs], Cal
     """Name -> (inputs -> what is timed)."""
     found: dict[str, Callable[[Inputs], Callable[[], object]]] = {
         "mix/eager": lambda x: lambda: eager_mix(x),
-        "mix/fused": lambda x: lambda: fused_mix(x),
+        "mix/fused": fused_mix,
         "chain/eager": lambda x: lambda: eager_chain(point, x),
         "chain/fused": lambda x: fused_chain(point, x),
     }
@@ -157,7 +164,7 @@ def check(device: str) -> None:
     for vocabulary in (32_000, 151_936):
         point = Point("random", 8, vocabulary, 0.7, 0.95)
         here, there = inputs_of(point, device, 1, None), inputs_of(point, "cpu", 1, None)
-        assert torch.equal(fused_mix(here).cpu(), fused_mix(there)), "the mix has other bits than the reference"
+        assert torch.equal(fused_mix(here)().cpu(), fused_mix(there)()), "the mix has other bits than the reference"
         found, wanted = fused_chain(point, here)()[0].cpu(), fused_chain(point, there)()[0]
         assert torch.equal(found, wanted), f"tokens {found.tolist()} differ from the reference's {wanted.tolist()}"
 
@@ -218,8 +225,8 @@ def real_logits() -> torch.Tensor:
         return lm.model(ids).logits[0].float()
 
 
-def grid(quick: bool, real: torch.Tensor) -> list[tuple[Point, torch.Tensor | None]]:
-    batches = (1, 64) if quick else (1, 8, 64, 256)
+def grid(quick: bool, batches: Sequence[int] | None, real: torch.Tensor) -> list[tuple[Point, torch.Tensor | None]]:
+    batches = batches or ((1, 64) if quick else (1, 8, 64, 256))
     vocabularies = (32_000, 128_256) if quick else (32_000, 128_256, 151_936, 256_000)
     settings = ((1.0, 0.9),) if quick else ((0.7, 0.9), (1.0, 0.9), (1.0, 0.99), (1.3, 0.95))
     found: list[tuple[Point, torch.Tensor | None]] = []
@@ -233,7 +240,8 @@ def grid(quick: bool, real: torch.Tensor) -> list[tuple[Point, torch.Tensor | No
 def measure(point: Point, real: torch.Tensor | None, device: str, repeats: int, bandwidth: float | None) -> list[dict[str, object]]:
     count = 2
     if device == "cuda":
-        count = max(2, min(16, SETS_BYTES // (6 * point.batch * point.vocabulary)))
+        count = max(2, min(MOST_SETS, SETS_BYTES // (6 * point.batch * point.vocabulary)))
+        torch.compiler.reset()  # else every point is one more recompilation of the same code, until torch gives up and runs it eagerly
     sets = [inputs_of(point, device, index, real) for index in range(count)]
     rows: list[dict[str, object]] = []
     for name, make in contenders(point, device == "cuda").items():
@@ -293,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="two batches, two vocabularies, one setting")
+    parser.add_argument("--batch", type=int, nargs="+", help="these batch sizes alone")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--out", type=Path, help="folder for kernels-DEVICE.json, .csv and .png")
     arguments = parser.parse_args()
@@ -304,7 +313,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(repeats) if device == "cuda" else None
     console.print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s" if bandwidth else "no GPU: what is timed is the reference path on the CPU")
     rows: list[dict[str, object]] = []
-    for point, logits in grid(arguments.quick or device != "cuda", real):
+    for point, logits in grid(arguments.quick or device != "cuda", arguments.batch, real):
         rows += measure(point, logits, device, repeats, bandwidth)
         console.print(json.dumps(rows[-1]), soft_wrap=True, highlight=False)
     kept = survivors(real)
@@ -317,7 +326,8 @@ def main() -> None:
     result = {"environment": where, "device": device, "copy_bandwidth": bandwidth, "rows": rows, "survivors_on_real_logits": kept}
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        stem = arguments.out / f"kernels-{device}"
+        chosen = "".join(f"-b{batch}" for batch in arguments.batch or ())
+        stem = arguments.out / f"kernels-{device}{chosen}"
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         with stem.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

@@ -11,12 +11,13 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import torch
 from control_examples import examples
 from odd_models import byte_llama, byte_tokenizer, left_padded
-from pretend_device import DEVICE, moved, pretended
+from pretend_device import DEVICE, capturing, moved, pretended
 from word_model import rows, word_model
 
 import moralguard as mg
@@ -189,6 +190,28 @@ def refused(lm: LanguageModel) -> Any:
     return found, [value.tolist() for value in right]
 
 
+def captured(lm: LanguageModel) -> Any:
+    """What ``benchmarks/kernels.py`` captures in graphs, and that capturing refuses what CUDA refuses."""
+    benchmark = run_path(str(Path(__file__).parents[1] / "benchmarks" / "kernels.py"))
+    point = benchmark["Point"]("random", 2, 1000, 0.7, 0.95)
+    inputs = benchmark["inputs_of"](point, str(lm.device), 1, None)
+    found = {}
+    for name, make in benchmark["contenders"](point, compiled=False).items():
+        call = make(inputs)
+        with capturing():
+            result = call()
+        if name.endswith("fused"):
+            found[name] = (result if name.startswith("mix") else result[0]).tolist()
+    refused = []
+    for mistake in (lambda: float(inputs.base[0, 0]), inputs.base.cpu, lambda: torch.tensor([1.0], device=lm.device)):
+        try:
+            with capturing():
+                mistake()
+        except RuntimeError as error:
+            refused.append("captured graph" in str(error))
+    return found, refused
+
+
 def cases(folder: Path) -> dict[str, Callable[[LanguageModel], Any]]:
     controls = examples(folder)
     found: dict[str, Callable[[LanguageModel], Any]] = {"refused": refused}
@@ -204,6 +227,7 @@ def cases(folder: Path) -> dict[str, Callable[[LanguageModel], Any]]:
     found["stream"] = streamed(controls["dexperts"])
     found["review"] = reviewed
     found["discriminator"] = discriminated
+    found["captured"] = captured
     found["fit on states"] = fitted_on_states
     for kind in ("expert", "trigger", "prompt-tuning", "prefix-tuning", "contrastive"):
         found[f"fit {kind}"] = fitted(kind)

@@ -23,7 +23,11 @@ DEVICE = torch.device(NAME, 0)
 _library = torch.library.Library("aten", "IMPL")  # what C++ calls without asking Python: an index given as a list
 
 _MOVES = {"aten::_to_copy", "aten::to", "aten::copy_", "aten::type_as"}
+_WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
 _INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+
+
+_capturing = False
 
 
 class PretendTensor(torch.Tensor):
@@ -72,6 +76,8 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
     if name not in _MOVES:
         _check(name, tensors)
+    if _capturing and any(isinstance(t, PretendTensor) for t in tensors):
+        _check_capturable(name, tensors, asked)
     there = asked.type == NAME if asked is not None else any(isinstance(t, PretendTensor) for t in tensors)
     if name == "aten::_local_scalar_dense":
         there = False
@@ -84,6 +90,24 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else PretendTensor(value)
 
     return tree_map(placed, found)
+
+
+def _check_capturable(name: str, tensors: list[torch.Tensor], asked: torch.device | None) -> None:
+    """Raise where capturing a CUDA graph would fail."""
+    places = {isinstance(t, PretendTensor) for t in tensors} | ({asked.type == NAME} if asked is not None else set())
+    if name in _WAITS or (name in _MOVES and len(places) > 1):
+        raise RuntimeError(f"{name} waits for the device, which a captured graph can't")
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Inside, what can't be captured in a CUDA graph is refused: waiting for the device, copies from and to main memory."""
+    global _capturing
+    _capturing = True
+    try:
+        yield
+    finally:
+        _capturing = False
 
 
 @torch.library.impl(_library, "empty_strided", "PrivateUse1")
@@ -135,6 +159,8 @@ def pretended() -> Iterator[None]:
         return device is not None and torch.device(device).type == NAME
 
     def new(data: Any, *, device: Any = None, **more: Any) -> torch.Tensor:
+        if _capturing and on_it(device):
+            raise RuntimeError("torch.tensor copies from main memory, which a captured graph can't")
         return PretendTensor(tensor(data, **more)) if on_it(device) else tensor(data, device=device, **more)
 
     def adopted(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:

@@ -63,3 +63,11 @@ def test_what_runs_on_the_cpu_runs_on_a_device(told: dict[str, Any], way: str) -
 
 def test_every_control_is_tried(told: dict[str, Any]) -> None:
     assert control_names().keys() <= {name.removeprefix("generate ") for name in told if name.startswith("generate ")}
+
+
+def test_what_the_benchmark_captures_never_waits(told: dict[str, Any]) -> None:
+    assert "error" not in told["captured"], told["captured"]["error"]
+    (here, nothing), (there, refused) = told["captured"]["here"], told["captured"]["there"]
+    assert nothing == []
+    assert refused == [True] * 3
+    assert here == there

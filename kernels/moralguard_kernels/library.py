@@ -33,10 +33,11 @@ _SCHEMAS = {
 def _fused(name: str) -> Callable[..., Any]:
     """The kernel's entry point, imported with Triton when the first CUDA tensor comes."""
 
-    def call(*args: Any, **keywords: Any) -> Any:
+    def call(first: torch.Tensor, *args: Any, **keywords: Any) -> Any:
         from .fused import launch
 
-        return getattr(launch, name)(*args, **keywords)
+        with torch.cuda.device(first.device):  # Triton launches on the current device, wherever its arguments are
+            return getattr(launch, name)(first, *args, **keywords)
 
     return call
 

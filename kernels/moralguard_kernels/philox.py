@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .arguments import check_noise_arguments
 from .noise import gumbel_of_words, philox_words, token_words
 
 
@@ -23,6 +24,10 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Te
 
     Returns:
         f32[R, C].
+
+    Raises:
+        ValueError: the shapes or devices don't fit.
     """
+    check_noise_arguments(seed, position, token_ids)
     words = token_words(seed[:, None].cpu().numpy(), position[:, None].cpu().numpy(), token_ids.cpu().numpy())
     return torch.as_tensor(gumbel_of_words(words), device=token_ids.device)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 
 from . import reference as rows
+from .arguments import check_arguments
 
 EMPTY, NAN_LOGITS, SPLIT = 1, 2, 4
 """Flags of a drawn token: the row had no token left (token 0, log-probability -inf); its base held NaN; its possible tokens were too
@@ -35,14 +36,8 @@ def _of_row(parameter: torch.Tensor | None, slots: torch.Tensor | None) -> torch
 
 
 def _mixes(z: torch.Tensor, sources: Sequence[torch.Tensor], groups: Sequence[int], weights: torch.Tensor | None) -> list[torch.Tensor]:
-    if not groups:
+    if weights is None:
         return []
-    if weights is None or sum(groups) != len(sources) or weights.shape[1] != len(sources) + len(groups):
-        shape = None if weights is None else tuple(weights.shape)
-        raise ValueError(
-            f"weights of shape {shape} for {len(sources)} sources in groups {list(groups)}; expected [slots, sources + groups], the "
-            "groups summing to the number of sources"
-        )
     deltas, source, column = [], 0, 0
     for size in groups:
         deltas.append(
@@ -104,7 +99,11 @@ def rectify_logits(
 
     Returns:
         f32[N, V] (f64 for f64 logits): -inf where vetoed or removed.
+
+    Raises:
+        ValueError: a tensor's shape or device doesn't fit the logits (so of every op).
     """
+    check_arguments(locals())
     rectified = _rectified(
         logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
         candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
@@ -199,6 +198,7 @@ def sample_logits(
         (token i64[N], log_probability f32[N], kl f32[N], flags i32[N], counterfactual i64[N], empty unless asked for).
         log_probability is the token's and kl is KL(guarded || base), both of the rectified law at temperature 1 before the warp.
     """
+    check_arguments(locals())
     guarded = _rectified(
         logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,
         candidate_ids, candidate_bias, candidate_count, keep_rest, base_top_k, base_top_p, base_min_p,
@@ -252,6 +252,7 @@ def score_tokens(
         log_odds is log p / (1 - p): -inf for a token that the law doesn't hold, +inf for the only one that it does. kl is
         KL(guarded || base), 0 in a row that has no token left.
     """
+    check_arguments(locals())
     base = rows.sanitize_logits(logits)
     guarded = _rectified(
         logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon,

@@ -152,6 +152,58 @@ def test_a_graph_replays_with_new_inputs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(captured, sample(fresh, counterfactual=True), strict=True))
 
 
+def captured(p: Problem, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
+    """A graph of one call, with its own results."""
+    with torch.cuda.stream(stream):
+        sample(p)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = sample(p)
+    return graph, found
+
+
+def test_graphs_of_one_stream_replay_at_the_same_time() -> None:
+    """Captured on one stream, replayed on two: what they count arrivals with is each one's own."""
+    stream = torch.cuda.Stream()
+    problems = [problem("flat", ("mix",), filters=True, warp="mixed", rows=32, vocabulary=128_256, seed=s).on("cuda") for s in (0, 1)]
+    wanted = [[tensor.clone() for tensor in sample(p)] for p in problems]
+    graphs = [captured(p, stream) for p in problems]
+    others = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for (graph, found), other in zip(graphs, others, strict=True):
+            found[0].fill_(-1)
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other):
+                graph.replay()
+        torch.cuda.synchronize()
+        for (_, found), expected in zip(graphs, wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_graph_outlives_a_larger_batch_on_its_stream() -> None:
+    stream = torch.cuda.Stream()
+    small = problem("normal", ("mix",), filters=True, warp="mixed", rows=4, vocabulary=32_000, seed=0).on("cuda")
+    graph, found = captured(small, stream)
+    wanted = found[0].clone()
+    large = problem("normal", ("mix",), filters=True, warp="mixed", rows=700, vocabulary=32_000, seed=1).on("cuda")
+    with torch.cuda.stream(stream):
+        sample(large)
+    torch.cuda.synchronize()
+    filler = torch.full((2**20,), 7, dtype=torch.int32, device="cuda")  # takes whatever memory became free
+    found[0].fill_(-1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found[0], wanted)
+    assert int(filler.sum()) == 7 * 2**20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_another_device_than_the_current_one() -> None:
+    p = problem("normal", ("mix",), filters=True, warp="mixed", rows=4, vocabulary=32_000, seed=0)
+    assert torch.equal(sample(p.on("cuda:1"))[0].cpu(), sample(p)[0])
+
+
 @pytest.mark.parametrize(("kind", "rows"), [("normal", 1), ("normal", 300), ("flat", 1), ("flat", 64), ("ties", 40)])
 def test_whoever_comes_last_sees_what_all_wrote(kind: str, rows: int) -> None:
     """Hundreds of runs over the same input: a race would give other tokens in some."""

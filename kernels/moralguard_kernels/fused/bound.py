@@ -131,7 +131,7 @@ def _set_bound(
     return empty
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else a batch of one, and one of 16, would be compiled anew
 def bound_kernel(
     terms,
     draw,

@@ -1,16 +1,20 @@
 """Entry points of the kernels: check, pack, launch. Same arguments and results as ``moralguard_kernels.reference_ops``.
 
-Nothing here waits for the device or depends on the values of a tensor, so every call can be captured in a CUDA graph.
+Nothing here waits for the device (but a device's first call) or depends on the values of a tensor, so every call can be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
+from ..arguments import check_arguments, check_noise_arguments
+from .arrivals import MOST_ROWS, arrival_counters
 from .bound import bound_kernel
 from .dense import gumbel_kernel, log_sums_kernel, rectify_kernel
 from .refine import refine_kernel
@@ -25,7 +29,6 @@ _ROOM = {"maxnreg": 248}
 # Contracting a * b + c would change the last bit against the specification.
 _OPTIONS = {"enable_fp_fusion": False}
 GROUP = 128
-_MOST_ROWS = 65_535  # what CUDA allows in the grid's second dimension
 STRIP = 256  # groups a program of the second launch looks over
 BLOCK = 2048  # tokens it reads at a time; half of it with an attenuation, whose sources fill the registers
 FEW = 512
@@ -67,20 +70,21 @@ def shape_of(vocabulary: int) -> Shape:
     return Shape(vocabulary, tile, 8 if tile == 4096 else 4, CAPACITY)
 
 
-_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
+def _checked(given: Mapping[str, Any], times: int = 1) -> tuple[int, int]:
+    """Rows and vocabulary of an op's arguments, each row of which takes this many rows of the grid.
 
-
-def _arrival_counters(device: torch.device, rows: int) -> torch.Tensor:
-    """i32 zeros, one set a stream, which every kernel leaves zero; made anew inside a graph that begins without them."""
-    if device.type != "cuda":
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    held = _arrivals.get(key)
-    if held is None or len(held) < rows:
-        held = torch.zeros(max(rows, 256), dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            _arrivals[key] = held
-    return held
+    Raises:
+        ValueError: ``check_arguments``'; float64 logits, which only the reference takes; more rows than a grid has.
+    """
+    check_arguments(given)
+    logits = given["logits"]
+    if logits.dtype == torch.float64:
+        raise ValueError("float64 logits; the kernels take float32, float16 and bfloat16. Cast them, or run the op on the CPU")
+    rows, vocabulary = logits.shape
+    if times * rows > MOST_ROWS:
+        also = ", the unguarded token's counted" if times > 1 else ""
+        raise ValueError(f"{times * rows} rows in one call{also}; at most {MOST_ROWS}: split the batch")
+    return rows, vocabulary
 
 
 def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -88,8 +92,13 @@ def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor, tensor.stride(0)
 
 
-def _vector(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _vector(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """As float32: a parameter in another precision would carry the row's arithmetic there."""
+    return _vector(tensor, torch.float32)
 
 
 def _terms(
@@ -117,8 +126,8 @@ def _terms(
         coefficients=None if coefficients is None else _matrix(coefficients),
         biased=tuple(_matrix(source) for source in biased) if biased else None,
         log_sums=None,
-        decay_constant=_vector(decay_constant),
-        epsilon=_vector(epsilon),
+        decay_constant=_floats(decay_constant),
+        epsilon=_floats(epsilon),
     )
 
 
@@ -131,7 +140,7 @@ def _with_log_sums(terms: Terms, rows: int, shape: Shape) -> Terms:
     partials = torch.empty(rows, shape.tiles, width, 2, dtype=torch.float32, device=logits.device)
     sums = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
     log_sums_kernel[(shape.tiles, rows)](
-        terms, partials, sums, _arrival_counters(logits.device, rows), shape.vocabulary, shape.tiles,
+        terms, partials, sums, arrival_counters(logits.device, rows), shape.vocabulary, shape.tiles,
         TILE=shape.tile, TILES=triton.next_power_of_2(shape.tiles), num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
     return terms._replace(log_sums=sums)
@@ -144,8 +153,6 @@ def _run_draw(
     """The three launches; the third ends at once where no row overflows."""
     device = terms.base[0].device
     virtual = 2 * rows if counterfactual else rows
-    if virtual > _MOST_ROWS:
-        raise ValueError(f"{virtual} rows in one call (the unguarded token counts as a row); at most {_MOST_ROWS}: split the batch")
 
     def floats(*size: int) -> torch.Tensor:
         return torch.empty(virtual, *size, dtype=torch.float32, device=device)
@@ -161,7 +168,7 @@ def _run_draw(
         row=floats(8),
         state=ints(4),
         survivors=ints(shape.capacity),
-        arrivals=_arrival_counters(device, virtual),
+        arrivals=arrival_counters(device, virtual),
         overflow=torch.empty(1 + virtual, dtype=torch.int32, device=device),
     )
     split = Split(
@@ -230,7 +237,7 @@ def _base_thresholds(
     """i32[N] keys of the smallest base logit that the base's filters keep; None without filters."""
     if top_k is None and top_p is None and min_p is None:
         return None
-    draw = Draw(*(None,) * 6, _vector(top_k), _vector(top_p), _vector(min_p), None, None, None, shape.vocabulary)
+    draw = Draw(*(None,) * 6, _vector(top_k), _floats(top_p), _floats(min_p), None, None, None, shape.vocabulary)
     bare = Terms(terms.base, terms.slots, *(None,) * 8)
     return _run_draw(bare, draw, rows, shape, 1, 0, threshold=True).threshold
 
@@ -257,15 +264,16 @@ def rectify_logits(
     shape: Shape | None = None,
 ) -> torch.Tensor:
     """One launch; with base filters the launches that find their thresholds before, with an attenuation its log-sums."""
-    rows, vocabulary = logits.shape
+    rows, vocabulary = _checked(locals())
     shape = shape or shape_of(vocabulary)
     terms = _terms(logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon)
     thresholds = _base_thresholds(terms, rows, shape, base_top_k, base_top_p, base_min_p)
     terms = _with_log_sums(terms, rows, shape)
     ids, bias, count, candidates = _candidates(candidate_ids, candidate_bias, candidate_count, rows)
     out = torch.empty(rows, vocabulary, dtype=torch.float32, device=logits.device)
+    arrivals = None if ids is None else arrival_counters(logits.device, rows)
     rectify_kernel[(shape.tiles, rows)](
-        terms, thresholds, ids, bias, count, out, out.stride(0), _arrival_counters(logits.device, rows), vocabulary, shape.tiles,
+        terms, thresholds, ids, bias, count, out, out.stride(0), arrivals, vocabulary, shape.tiles,
         RANK=_rank(projection), KEEP_REST=keep_rest, CANDIDATES=candidates, TILE=shape.tile, num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
     return out
@@ -305,7 +313,7 @@ def sample_logits(
     shape: Shape | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two launches and a third that ends at once where no row overflows; one where nothing can be filtered."""
-    rows, vocabulary = logits.shape
+    rows, vocabulary = _checked(locals(), 2 if counterfactual else 1)
     shape = shape or shape_of(vocabulary)
     if candidate_ids is not None and (keep_rest or candidate_ids.shape[1] > shape.capacity):
         # A bias on some tokens of the whole law, or more candidates than one program can hold, goes through memory.
@@ -320,8 +328,8 @@ def sample_logits(
         terms = _with_log_sums(terms, rows, shape)
     ids, bias, count, candidates = _candidates(candidate_ids, candidate_bias, candidate_count, rows)
     draw = Draw(
-        _vector(seed), _vector(position), _vector(temperature), _vector(top_k), _vector(top_p), _vector(min_p),
-        _vector(base_top_k), _vector(base_top_p), _vector(base_min_p), ids, bias, count, vocabulary,
+        _vector(seed), _vector(position), _floats(temperature), _vector(top_k), _floats(top_p), _floats(min_p),
+        _vector(base_top_k), _floats(base_top_p), _floats(base_min_p), ids, bias, count, vocabulary,
     )  # fmt: skip
     result = _run_draw(terms, draw, rows, shape, _rank(projection), candidates, counterfactual=counterfactual, summary=summary)
     return _outputs(result, rows, counterfactual, summary)
@@ -363,9 +371,7 @@ def score_tokens(
     shape: Shape | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One launch; with base filters the launches that find their thresholds before, with an attenuation its log-sums."""
-    rows, vocabulary = logits.shape
-    if rows > _MOST_ROWS:
-        raise ValueError(f"{rows} rows in one call; at most {_MOST_ROWS}: split the batch")
+    rows, vocabulary = _checked(locals())
     shape = shape or shape_of(vocabulary)
     device = logits.device
     terms = _terms(logits, slots, sources, groups, weights, projection, coefficients, biased, decay_constant, epsilon)
@@ -376,7 +382,7 @@ def score_tokens(
     partials = torch.empty(rows, shape.tiles, 5, dtype=torch.float32, device=device)
     score_kernel[(shape.tiles, rows)](
         terms, thresholds, ids, bias, count, _vector(tokens), log_probability, log_odds, kl, partials,
-        _arrival_counters(device, rows), vocabulary, shape.tiles,
+        arrival_counters(device, rows), vocabulary, shape.tiles,
         RANK=_rank(projection), KEEP_REST=keep_rest, CANDIDATES=candidates, CHUNK=min(candidates, CHUNK), TILE=shape.tile,
         TILES=triton.next_power_of_2(shape.tiles), num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
@@ -384,6 +390,7 @@ def score_tokens(
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    check_noise_arguments(seed, position, token_ids)
     token_ids = token_ids.contiguous()
     rows, columns = token_ids.shape
     out = torch.empty(rows, columns, dtype=torch.float32, device=token_ids.device)

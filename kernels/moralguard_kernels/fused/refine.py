@@ -52,7 +52,7 @@ def _gather(
     return first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else a batch of one, and one of 16, would be compiled anew
 def refine_kernel(
     terms,
     draw,

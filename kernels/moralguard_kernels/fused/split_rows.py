@@ -255,7 +255,7 @@ def _end_phase(
     tl.atomic_xchg(counters + 1, tl.where(closed, OVER, phase + 1), sem="release")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else a batch of one, and one of 16, would be compiled anew
 def split_rows_kernel(
     terms,
     draw,
