@@ -8,7 +8,8 @@ n-th prompt about occupations. Every law is read through the guard itself (`Guar
 
 - nullspace: the shipped gender subspace at the head, as in `debias-gender` (keep 0.25) and whole.
 - layer-projection: LEACE on the built-in gender sentences at one layer each.
-- uddia: pairs of words, at several `hellinger`; the paper's is 0.1. Eight pairs that occur in no prompt but as "he" and "she".
+- uddia: eight pairs of words, at several `hellinger`; the paper's is 0.1. "he" and "she" are among them and are what is measured; of the
+  others the prompts hold the "Her" and "His" that begin two sentences of the agreement.
 - self-debias: the prefixes of `debias-gender` for models without a pack.
 
 Needs the extra `fit`, and no data.

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import moralguard as mg
 from moralguard.backends.hf import LanguageModel
@@ -94,8 +94,8 @@ class Clock(LogitsProcessor):
         return scores
 
 
-def random_llama(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
-    """A Llama of a known shape with random weights; the demo model's tokenizer spells its prompts."""
+def random_llama(shape: str, device: str, dtype: torch.dtype, tokenizer: Path | None) -> LanguageModel:
+    """A Llama of a known shape with random weights; the demo model's tokenizer spells its prompts, or one in a folder."""
     config = LlamaConfig(**SHAPES[shape], num_key_value_heads=4 if shape == "tiny" else 8, max_position_embeddings=2048)
     config.tie_word_embeddings = shape == "1b"
     kept = torch.get_default_dtype()
@@ -107,7 +107,8 @@ def random_llama(shape: str, device: str, dtype: torch.dtype) -> LanguageModel:
     finally:
         torch.set_default_dtype(kept)
     model.generation_config.eos_token_id = None
-    return LanguageModel(model, mg.load_model("smollm2-135m").tokenizer, name=f"random-{shape}")
+    spelling = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else mg.load_model("smollm2-135m", device="cpu").tokenizer
+    return LanguageModel(model, spelling, name=f"random-{shape}")
 
 
 def time_transformers(
@@ -203,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape with random weights instead of the model")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --shape, for a machine without the demo model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--graphs", action="store_true", help="also generate() with CUDA graphs")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -213,18 +215,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.shape:
-        lm = random_llama(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
+        lm = random_llama(arguments.shape, arguments.device, getattr(torch, arguments.dtype), arguments.tokenizer)
     else:
         lm = mg.load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    rows = [row for b in arguments.batch for row in measure(lm, b, arguments.tokens, arguments.rounds, arguments.only, arguments.graphs)]
     where = environment() | {"model": lm.name}
+    rows: list[dict[str, object]] = []
+    for batch in arguments.batch:
+        rows += measure(lm, batch, arguments.tokens, arguments.rounds, arguments.only, arguments.graphs)
+        if arguments.out:  # after each batch: a run on a lent machine may be cut
+            arguments.out.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
     table = Table("variant", "batch", "dtype", "ms a token", "ratio", "p20-p80", "goal", title=json.dumps(where), title_justify="left")
     for r in rows:
         spread = f"{r['ratio_p20']}-{r['ratio_p80']}"
         table.add_row(*(str(v) for v in (r["variant"], r["batch"], r["dtype"], r["ms_per_token"], r["ratio"], spread, r["goal"] or "")))
     Console(width=160).print(table)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

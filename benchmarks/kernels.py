@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import moralguard_kernels as ops
@@ -214,11 +215,13 @@ def bytes_moved(name: str, point: Point) -> int:
     return tokens * (6 + 4) if name.startswith("mix") else tokens * 2
 
 
-def real_logits() -> torch.Tensor:
-    """Logits of the demo model over a few texts, f32[positions, 49152]."""
+def real_logits(file: Path | None) -> torch.Tensor:
+    """Logits of the demo model over a few texts, f32[positions, 49152]; kept ones where a file holds them."""
+    if file is not None:
+        return load_file(file)["logits"].float()
     import moralguard as mg
 
-    lm = mg.load_model("smollm2-135m")
+    lm = mg.load_model("smollm2-135m", device="cpu")
     text = Path(__file__).with_name("decode.py").read_text() + (Path(__file__).parents[1] / "README.md").read_text()
     ids = torch.tensor([lm.tokenizer(text)["input_ids"][:1024]])
     with torch.inference_mode():
@@ -297,42 +300,48 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write(result: dict[str, object], rows: list[dict[str, object]], stem: Path) -> None:
+    stem.with_suffix(".json").write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="two batches, two vocabularies, one setting")
     parser.add_argument("--batch", type=int, nargs="+", help="these batch sizes alone")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--out", type=Path, help="folder for kernels-DEVICE.json, .csv and .png")
+    parser.add_argument("--real", type=Path, help="safetensors file of the demo model's logits, for a machine without the model")
+    parser.add_argument("--out", type=Path, help="folder for kernels-DEVICE.json, .csv and .png, written anew after every point")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats or (30 if arguments.device == "cuda" else 5)
     console = Console(width=150)
     check(device)
     console.print("checked: the mix has the reference's bits, the chain its tokens")
-    real = real_logits()
+    real = real_logits(arguments.real)
     bandwidth = copy_bandwidth(repeats) if device == "cuda" else None
     console.print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s" if bandwidth else "no GPU: what is timed is the reference path on the CPU")
+    result: dict[str, object] = {"environment": environment(), "device": device, "copy_bandwidth": bandwidth}
+    result["survivors_on_real_logits"] = survivors(real)
+    chosen = "".join(f"-b{batch}" for batch in arguments.batch or ())
+    stem = None if arguments.out is None else arguments.out / f"kernels-{device}{chosen}"
+    if stem is not None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     for point, logits in grid(arguments.quick or device != "cuda", arguments.batch, real):
         rows += measure(point, logits, device, repeats, bandwidth)
         console.print(json.dumps(rows[-1]), soft_wrap=True, highlight=False)
-    kept = survivors(real)
+        if stem is not None:
+            write(result, rows, stem)
     columns = ("contender", "logits", "batch", "vocabulary", "temperature", "top_p", "us_p50", "us_p20", "us_p80", "percent_of_copy")
     table = Table(*columns, "x eager", "overflowing")
     for row in rows:
         table.add_row(*(str(row[name]) for name in columns), str(row["times_faster_than_eager"]), str(row["overflowing_rows"]))
     console.print(table)
-    where = environment()
-    result = {"environment": where, "device": device, "copy_bandwidth": bandwidth, "rows": rows, "survivors_on_real_logits": kept}
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        chosen = "".join(f"-b{batch}" for batch in arguments.batch or ())
-        stem = arguments.out / f"kernels-{device}{chosen}"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        with stem.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    if stem is not None:
         plot(rows, stem.with_suffix(".png"))
 
 

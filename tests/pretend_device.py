@@ -1,7 +1,7 @@
 """A device that isn't there: tensors which say that they lie on it, whose numbers are in main memory.
 
 What a GPU would refuse is refused here, on a machine without one: operands on two devices, NumPy views of device memory. Importing
-this registers the device with torch for the rest of the process (``on_pretend_device.py`` is a process of its own for that reason).
+this registers the device with torch for the rest of the process (``on_device.py`` is a process of its own for that reason).
 """
 
 from __future__ import annotations

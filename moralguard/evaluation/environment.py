@@ -29,7 +29,9 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the package runs from; None where it is installed."""
+    """Of the checkout that the package runs from, or as ``$MORALGUARD_COMMIT`` says where the files came alone; None where installed."""
+    if told_commit := os.environ.get("MORALGUARD_COMMIT"):
+        return told_commit
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None

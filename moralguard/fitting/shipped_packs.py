@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moralguard.backends.hf import LanguageModel
 from moralguard.discriminator.discriminator import Discriminator
@@ -16,9 +17,9 @@ from moralguard.fitting.labelled import LabelledTexts
 from moralguard.fitting.prefix import PrefixSettings
 from moralguard.fitting.prefix_head import PrefixHeadSettings, train_prefix_head
 from moralguard.fitting.prefix_packs import fit_prefix_packs
-from moralguard.fitting.subspace_fit import fit_subspace
+from moralguard.fitting.subspace_fit import SubspaceFit, fit_subspace
 from moralguard.fitting.toxicity_rows import CLASSES, JUDGED, VALUES, Scorer, ToxicityRows, expert_rows, head_rows
-from moralguard.fitting.vectors import fit_vectors
+from moralguard.fitting.vectors import VectorFit, fit_vectors
 from moralguard.packs import write_pack
 from moralguard.schema import nearest
 
@@ -71,23 +72,6 @@ def _experts(lm: LanguageModel, rows: ToxicityRows, place: Path, say: Callable[[
     return list(fit_expert_packs(lm, whole, place, EXPERTS, value=VALUES["offence"], sources=rows.data, report=report))
 
 
-def _subspace(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
-    fitted = fit_subspace(lm, rows.texts, "leace", layer=SUBSPACE_LAYER, pooling="mean", max_tokens=40)
-    fitted.save(place)
-    return write_pack(
-        place,
-        kind="subspace",
-        method=fitted.method,
-        lm=lm,
-        name="tone-subspace",
-        data=rows.data,
-        settings=fitted.settings,
-        metrics=fitted.metrics,
-        description="What tells texts that break the value from texts that keep it, for layer-projection.",
-        values=(VALUES["offence"],),
-    )
-
-
 def _prefixes(lm: LanguageModel, rows: ToxicityRows, place: Path, say: Callable[[str], None]) -> list[Path]:
     def report(step: int, steps: int, loss: float) -> None:
         if step % 25 == 0:
@@ -100,49 +84,52 @@ def _prefix(lm: LanguageModel, folder: Path, score: Scorer, name: str, place: Pa
     rows = head_rows(folder, score, name)
     fitted = train_prefix_head(lm, rows.texts, PREFIX_HEADS)
     fitted.head.save(place)
-    return write_pack(
+    return _written(
+        lm,
         place,
+        rows,
+        value=name,
         kind="prefix-head",
         method="factored future discriminator (FUDGE, arXiv 2104.05218)",
-        lm=lm,
-        name=f"{name}-head",
-        data=rows.data,
         settings=PREFIX_HEADS.model_dump(mode="json"),
         metrics=fitted.metrics,
         description=f"P(kept | prefix, next token) from the model's own last hidden state.{JUDGED.get(name, '')}",
-        values=(VALUES[name],),
     )
 
 
 def _attribute(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
     fitted = fit_attribute_head(lm, rows.texts, max_tokens=40, bfloat16=True)
     fitted.save(place)
-    return write_pack(
+    return _written(
+        lm,
         place,
+        rows,
         kind="attribute-head",
         method="linear head on the mean last hidden state (PPLM, arXiv 1912.02164)",
-        lm=lm,
-        name="toxicity-attribute",
-        data=rows.data,
         settings={"target": 1, "layer": fitted.layer, "pooling": fitted.pooling, "classes": list(fitted.classes), "max_tokens": 40},
         metrics=fitted.metrics,
         description="Tells texts that keep from texts that break the value; for PPLM.",
-        values=(VALUES["offence"],),
     )
 
 
 def _vector(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
     fitted = fit_vectors(lm, rows.texts, kept=CLASSES[1], layers=VECTOR_LAYERS, pooling="mean", max_tokens=40)
-    fitted.save(place)
-    return write_pack(
-        place,
-        kind="steering-vectors",
-        method=fitted.method,
-        lm=lm,
-        name="civil-vector",
-        data=rows.data,
-        settings=fitted.settings,
-        metrics=fitted.metrics,
-        description="Moves states from texts that break the value towards texts that keep it.",
-        values=(VALUES["offence"],),
+    return _of_states(
+        lm, place, rows, fitted, "steering-vectors", "Moves states from texts that break the value towards texts that keep it."
     )
+
+
+def _subspace(lm: LanguageModel, rows: ToxicityRows, place: Path) -> Path:
+    fitted = fit_subspace(lm, rows.texts, "leace", layer=SUBSPACE_LAYER, pooling="mean", max_tokens=40)
+    told = "What tells texts that break the value from texts that keep it, for layer-projection."
+    return _of_states(lm, place, rows, fitted, "subspace", told)
+
+
+def _of_states(lm: LanguageModel, place: Path, rows: ToxicityRows, fitted: VectorFit | SubspaceFit, kind: str, description: str) -> Path:
+    fitted.save(place)
+    card: dict[str, Any] = {"method": fitted.method, "settings": fitted.settings, "metrics": fitted.metrics, "description": description}
+    return _written(lm, place, rows, kind=kind, **card)
+
+
+def _written(lm: LanguageModel, place: Path, rows: ToxicityRows, *, value: str = "offence", **card: Any) -> Path:
+    return write_pack(place, lm=lm, name=place.name, data=rows.data, values=(VALUES[value],), **card)

@@ -1,6 +1,6 @@
 """Compile every kernel variant for GPUs that aren't there, and print what the compiler made of it as JSON lines.
 
-    python tests/kernels/compile_ahead.py [--arch 80 90 100] [--only NAME ...]
+    python tests/kernels/compile_ahead.py [--arch 80 90 100] [--only NAME ...] [--out FILE]
 
 The launchers run on tensors without memory and with the kernels replaced by recorders, so that what is compiled is what would be launched.
 """
@@ -8,6 +8,7 @@ The launchers run on tensors without memory and with the kernels replaced by rec
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -23,6 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 
 import torch
 import triton
+from sass_paths import instructions_to_arrival
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,8 +40,14 @@ CEILINGS = {
     "log_sums_kernel": 64,
     "gumbel_kernel": 64,
 }
+# What every token of a tile goes through: an exponential where masses are summed, a store of whole vectors where logits are written.
+ON_THE_WAY = {"bound_kernel": "MUFU.EX2", "score_kernel": "MUFU.EX2", "log_sums_kernel": "MUFU.EX2", "rectify_kernel": r"STG\S*\.128"}
 STREAMING = ("bound_kernel", "rectify_kernel", "score_kernel", "log_sums_kernel")
 KERNELS = ("bound_kernel", "refine_kernel", "split_rows_kernel", "rectify_kernel", "score_kernel", "log_sums_kernel", "gumbel_kernel")
+COLUMNS = (
+    "variant", "kernel", "arch", "num_warps", "enable_fp_fusion", "registers", "stack", "shared", "spills", "wide_loads",
+    "fused_multiply_adds", "instructions", "thread_instructions_a_token",
+)  # fmt: skip
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -110,17 +118,23 @@ def compile_launch(item: Launch, arch: int) -> dict[str, Any]:
         else:
             signature[name] = signature_of(item.args[i], (i,), constants, aligned)
     compiled = triton.compile(ASTSource(item.kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options)
-    return {"kernel": item.kernel.__name__, "arch": arch, **options, **inspect(compiled.asm["cubin"], arch)}
+    found, sass = inspect(compiled.asm["cubin"])
+    name = item.kernel.__name__
+    if name in STREAMING:
+        issued = instructions_to_arrival(sass, ON_THE_WAY[name])
+        found["thread_instructions_a_token"] = None if issued is None else round(issued * 32 * options["num_warps"] / keywords["TILE"], 1)
+    return {"kernel": name, "arch": arch, **options, **found}
 
 
-def inspect(cubin: bytes, arch: int) -> dict[str, Any]:
+def inspect(cubin: bytes) -> tuple[dict[str, Any], str]:
+    """Numbers of a compiled kernel, and its disassembly."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return {
+    numbers = {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": int(re.search(r"SHARED:(\d+)", usage)[1]),
@@ -129,6 +143,7 @@ def inspect(cubin: bytes, arch: int) -> dict[str, Any]:
         "fused_multiply_adds": len(re.findall(r"\bFFMA\b", code)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
     }
+    return numbers, code
 
 
 def faults(found: dict[str, Any]) -> list[str]:
@@ -179,6 +194,7 @@ def variants() -> dict[str, Callable[[], Any]]:
         score = partial(launch.score_tokens, logits, per_slot(torch.int64))
         found |= {
             f"mix-{name}": partial(launch.rectify_logits, logits, **mix(dtype, 2)),
+            f"guard-chain-{name}": partial(launch.sample_logits, logits, **noise, **warp, **base, **mix(dtype, 2), summary=False),
             f"chain-{name}": partial(sample, **warp, **base, **mix(dtype, 2)),
             f"dense-chain-{name}": partial(sample, **warp, **mix(dtype, 2, 2), **slots),
             f"nullspace-chain-{name}": partial(sample, **warp, **low_rank),
@@ -204,8 +220,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--only", nargs="+")
+    parser.add_argument("--out", type=Path, help="CSV file for the numbers")
     arguments = parser.parse_args()
-    bad = 0
+    rows: list[dict[str, Any]] = []
     with torch.device("meta"):  # shapes, types and strides are all that compiling needs
         calls = variants()
     for name, call in calls.items():
@@ -215,10 +232,14 @@ def main() -> None:
             for item in launches:
                 for arch in arguments.arch:
                     found = {"variant": name, **compile_launch(item, arch)}
-                    found["faults"] = faults(found)
-                    bad += bool(found["faults"])
-                    print(json.dumps(found), flush=True)
-    if bad:
+                    rows.append({**found, "faults": faults(found)})
+                    print(json.dumps(rows[-1]), flush=True)
+    if arguments.out is not None:
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, "triton"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows({**row, "triton": triton.__version__} for row in rows)
+    if bad := sum(bool(row["faults"]) for row in rows):
         raise SystemExit(f"{bad} variants spill, take too many registers or load logits in small pieces")
 
 
