@@ -40,7 +40,7 @@ from moralguard.fitting.trigger_pack import fit_trigger_pack
 from moralguard.fitting.vectors import fit_vectors
 
 PROMPTS = ["hello there", "my"]
-SAMPLING = {"max_new_tokens": 4, "temperature": 0.9, "top_p": 0.9, "top_k": 50, "seed": 5}
+SAMPLING = {"max_new_tokens": 4, "do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 50, "seed": 5}
 
 
 def guard_of(lm: LanguageModel, *controls: Control, **policy: Any) -> mg.Guard:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moralguard.backends.arrays import namespace_for
 from moralguard.decoding.settings import DecodingSettings
 from moralguard.decoding.terms import Attenuation, Dense, Keep, LowRank, Mix, Only, Sparse, Term, Terms, taken
+from moralguard.decoding.warp import given_arguments, warp_values
 
 if TYPE_CHECKING:
     import torch
@@ -87,25 +88,12 @@ class Rectified:
 
 
 def _warp(settings: DecodingSettings, base: torch.Tensor) -> dict[str, Any]:
-    """The decoding settings as the ops take them: one value a row, neutral ones left out."""
-
-    arrays = namespace_for(base)
-
-    def each(value: float, dtype: Any) -> Any:
-        return arrays.full((base.shape[0],), value, dtype, base)
-
-    if settings.greedy:
-        return {"temperature": each(0.0, arrays.float32)}
-    warp: dict[str, Any] = {}
-    if settings.temperature != 1.0:
-        warp["temperature"] = each(settings.temperature, arrays.float32)
-    if settings.top_k:
-        warp["top_k"] = each(settings.top_k, arrays.int32)
-    if settings.top_p < 1.0:
-        warp["top_p"] = each(settings.top_p, arrays.float32)
-    if settings.min_p > 0.0:
-        warp["min_p"] = each(settings.min_p, arrays.float32)
-    return warp
+    """The decoding settings as the ops take them, the same for every row."""
+    arrays, values = namespace_for(base), warp_values(settings)
+    return {
+        name: arrays.full((base.shape[0],), values[name], arrays.int32 if name == "top_k" else arrays.float32, base)
+        for name in given_arguments([values], arrays.on_gpu(base))
+    }
 
 
 def rectify(base: torch.Tensor, terms: Sequence[Terms]) -> Rectified:

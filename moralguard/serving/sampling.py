@@ -10,9 +10,8 @@ import numpy as np
 from moralguard.backends.arrays import Array, namespace_for
 from moralguard.decoding.rectification import Drawn, Rectified
 from moralguard.decoding.settings import DecodingSettings
+from moralguard.decoding.warp import given_arguments, warp_values
 from moralguard.serving.generation import TokenLogprob
-
-_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def draw(law: Rectified, settings: Sequence[DecodingSettings], keys: Array, positions: Array, counterfactual: bool = False) -> Drawn:
@@ -36,20 +35,12 @@ def draw(law: Rectified, settings: Sequence[DecodingSettings], keys: Array, posi
 
 
 def _warp(settings: Sequence[DecodingSettings], base: Array) -> dict[str, Any]:
-    """One value a row, as the op takes them; left out where it is neutral in every row. A greedy row has no filter."""
-    arrays = namespace_for(base)
-    rows = [
-        _NEUTRAL | {"temperature": 0.0}
-        if each.greedy
-        else {"temperature": each.temperature, "top_k": each.top_k, "top_p": each.top_p, "min_p": each.min_p}
-        for each in settings
-    ]
+    """One value a row, as the op takes them."""
+    arrays, rows = namespace_for(base), [warp_values(each) for each in settings]
     warp: dict[str, Any] = {}
-    for name, neutral in _NEUTRAL.items():
-        values = [row[name] for row in rows]
-        if any(value != neutral for value in values):
-            dtype = arrays.int32 if name == "top_k" else arrays.float32
-            warp[name] = arrays.beside(arrays.cast(arrays.float_array(values), dtype), base)
+    for name in given_arguments(rows, arrays.on_gpu(base)):
+        dtype = arrays.int32 if name == "top_k" else arrays.float32
+        warp[name] = arrays.beside(arrays.cast(arrays.float_array([row[name] for row in rows]), dtype), base)
     return warp
 
 
