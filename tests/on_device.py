@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from control_examples import examples
 from odd_models import byte_llama, byte_tokenizer, left_padded
-from pretend_device import DEVICE, capturing, moved, pretended
+from pretend_device import DEVICE, WAITED, capturing, moved, pretended
 from word_model import rows, word_model
 
 import moralguard as mg
@@ -231,6 +231,23 @@ def capture_mistakes(lm: LanguageModel) -> Any:
     return found
 
 
+def waits_a_token(controls: dict[str, Control]) -> Callable[[LanguageModel], Any]:
+    """How often a step waits for the device, a control; nothing is told of the CPU, nor of a device that is there."""
+
+    def case(lm: LanguageModel) -> Any:
+        found = {}
+        for name in ("nullspace", "fudge", "gedi", "guidance", "prefix", "rad", "self-debias", "steering"):
+            guard, waits = guard_of(lm, controls[name]), []
+            for count in (4, 14):
+                before = len(WAITED)
+                guard.generate(PROMPTS, max_new_tokens=count, do_sample=True, top_p=0.9, seed=1)
+                waits.append(len(WAITED) - before)
+            found[name] = (waits[1] - waits[0]) / 10
+        return found
+
+    return case
+
+
 def cases(folder: Path) -> dict[str, Callable[[LanguageModel], Any]]:
     controls = examples(folder)
     found: dict[str, Callable[[LanguageModel], Any]] = {"refused": refused}
@@ -248,6 +265,7 @@ def cases(folder: Path) -> dict[str, Callable[[LanguageModel], Any]]:
     found["discriminator"] = discriminated
     found["captured"] = captured
     found["capture mistakes"] = capture_mistakes
+    found["waits"] = waits_a_token(controls)
     found["fit on states"] = fitted_on_states
     for kind in ("expert", "trigger", "prompt-tuning", "prefix-tuning", "contrastive"):
         found[f"fit {kind}"] = fitted(kind)

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from moralguard_kernels import library
+
 NAME = "pretend"
 _setup_privateuseone_for_python_backend(NAME)
 DEVICE = torch.device(NAME, 0)
@@ -28,6 +30,8 @@ _INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 
 
 _capturing = False
+WAITED: list[str] = []
+"""Names of what had to wait for the device so far, as an answer is read in main memory, or copied to or from it."""
 
 
 class PretendTensor(torch.Tensor):
@@ -48,6 +52,7 @@ class PretendTensor(torch.Tensor):
         return f"PretendTensor({self.numbers!r})"
 
     def tolist(self) -> Any:
+        WAITED.append("tolist")
         return self.numbers.tolist()
 
     def untyped_storage(self) -> Any:
@@ -71,14 +76,22 @@ class _Everywhere(TorchDispatchMode):
 
 
 def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if op.namespace == "moralguard" and not _capturing:  # as on a device that has no kernels: the reference on its tensors
+        before = len(WAITED)
+        with _Everywhere():
+            found = library._REFERENCES[op._schema.name.partition("::")[2]](*args, **kwargs)
+        del WAITED[before:]  # a kernel waits for nothing
+        return found
     name, leaves = op._schema.name, tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     asked = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
     if name not in _MOVES:
         _check(name, tensors)
-    if _capturing and any(isinstance(t, PretendTensor) for t in tensors):
-        _check_capturable(name, tensors, asked)
+    if _capturing and _waits(name, tensors, asked):
+        raise RuntimeError(f"{name} waits for the device, which a captured graph can't")
     there = asked.type == NAME if asked is not None else any(isinstance(t, PretendTensor) for t in tensors)
+    if _waits(name, tensors, asked):
+        WAITED.append(name)
     if name == "aten::_local_scalar_dense":
         there = False
     found = op(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
@@ -92,11 +105,10 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(placed, found)
 
 
-def _check_capturable(name: str, tensors: list[torch.Tensor], asked: torch.device | None) -> None:
-    """Raise where capturing a CUDA graph would fail."""
-    places = {isinstance(t, PretendTensor) for t in tensors} | ({asked.type == NAME} if asked is not None else set())
-    if name in _WAITS or (name in _MOVES and len(places) > 1):
-        raise RuntimeError(f"{name} waits for the device, which a captured graph can't")
+def _waits(name: str, tensors: list[torch.Tensor], asked: torch.device | None) -> bool:
+    """Whether CUDA would wait for what runs on the device, or for a copy."""
+    places = {isinstance(t, PretendTensor) for t in tensors} | ({asked.type == NAME} if asked is not None and tensors else set())
+    return True in places and (name in _WAITS or (name in _MOVES and len(places) > 1))
 
 
 @contextmanager
@@ -108,6 +120,10 @@ def capturing() -> Iterator[None]:
         yield
     finally:
         _capturing = False
+
+
+WAITED: list[str] = []
+"""Names of what had to wait for the device so far, as an answer is read in main memory, or copied to or from it."""
 
 
 @torch.library.impl(_library, "empty_strided", "PrivateUse1")

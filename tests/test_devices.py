@@ -86,3 +86,11 @@ def test_the_pretended_device_refuses_what_a_graph_cannot_hold(told: dict[str, A
     assert told["capture mistakes"]["here"] == []
     if device == "pretend":
         assert ["captured graph" in mistake for mistake in told["capture mistakes"]["there"]] == [True] * 3
+
+
+def test_a_step_waits_for_the_device_once(told: dict[str, Any], device: str) -> None:
+    """For its tokens: what is launched before may run behind the Python that launches it."""
+    if device == "pretend":
+        there = told["waits"]["there"]
+        assert there == dict.fromkeys(there, 1.0)
+        assert len(there) == 8

@@ -1,4 +1,7 @@
-"""Registration of the ops with torch, under ``torch.ops.moralguard``: CPU tensors take the reference, CUDA tensors the kernels.
+"""Registration of the ops with torch, under ``torch.ops.moralguard``: CUDA tensors take the kernels, all others the reference.
+
+The reference also runs on CUDA tensors where Triton isn't installed, on AMD's GPUs, for which the kernels were never compiled, and where
+``MORALGUARD_KERNELS=reference`` asks for it: the same tokens, several times slower, not in CUDA graphs.
 
 ``Library.define`` and ``impl`` rather than ``custom_op``, which costs several times as much a call; fake implementations let
 ``torch.compile(fullgraph=True)`` and CUDA graphs go through.
@@ -6,7 +9,11 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,12 +37,39 @@ _SCHEMAS = {
 }
 
 
+@cache
+def _launch() -> ModuleType | None:
+    """The kernels' entry points, imported with Triton when the first CUDA tensor comes; None where the reference is to run instead."""
+    chosen = os.environ.get("MORALGUARD_KERNELS", "triton")
+    if chosen not in ("triton", "reference"):
+        raise ValueError(f"MORALGUARD_KERNELS is {chosen!r}; expected 'triton' or 'reference'")
+    if chosen == "reference":
+        return None
+    if torch.version.hip is not None:
+        missing = "the kernels are for NVIDIA's GPUs"
+    else:
+        try:
+            from .fused import launch
+        except ImportError as error:
+            missing = f"{error.name or 'triton'} isn't installed"
+        else:
+            return launch
+    warnings.warn(
+        f"{missing}, so the guard's arithmetic runs in plain PyTorch on this GPU, several times slower. The tokens are the same; "
+        "MORALGUARD_KERNELS=reference says that this is meant",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
 def _fused(name: str) -> Callable[..., Any]:
-    """The kernel's entry point, imported with Triton when the first CUDA tensor comes."""
+    """An op on CUDA tensors."""
 
     def call(first: torch.Tensor, *args: Any, **keywords: Any) -> Any:
-        from .fused import launch
-
+        launch = _launch()
+        if launch is None:
+            return _REFERENCES[name](first, *args, **keywords)
         with torch.cuda.device(first.device):  # Triton launches on the current device, wherever its arguments are
             return getattr(launch, name)(first, *args, **keywords)
 
@@ -90,6 +124,7 @@ _library = torch.library.Library("moralguard", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _REFERENCES[_name], "CPU")
+    _library.impl(_name, _REFERENCES[_name], "CompositeExplicitAutograd")  # every other device
     _library.impl(_name, _fused(_name), "CUDA")
     torch.library.register_fake(f"moralguard::{_name}", _FAKES[_name], lib=_library)
 
