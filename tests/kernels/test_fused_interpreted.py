@@ -210,3 +210,25 @@ def test_the_configuration_knows_nothing_of_the_batch() -> None:
         assert shape.tile % launch.GROUP == 0
         assert shape.tiles * shape.tile >= vocabulary
         assert shape.capacity >= 1024  # what FUDGE's candidates need
+
+
+@pytest.mark.parametrize("terms", [("mix",), ("attenuation",)])
+@pytest.mark.parametrize("kind", ["normal", "flat", "ties", "holes"])
+def test_the_second_launch_has_the_same_bits_however_it_is_cut(kind: str, terms: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program a row, as for a large batch, and three, as for a small one on a large GPU."""
+    p = problem(kind, terms, filters=True, warp="mixed", vocabulary=6000, seed=4)
+    shape, found = Shape(6000, 1024, 4, 2048), []
+    for processors, strips in ((1, 1), (132, 3)):
+        monkeypatch.setattr(launch, "_processors", lambda device, processors=processors: processors)
+        assert -(-shape.groups // launch._strip_width(processors, shape.groups, 6)) == strips
+        found.append(draw_both(p, shape))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("virtual", [1, 2, 7, 64, 1000, 65_535])
+@pytest.mark.parametrize("groups", [1, 8, 250, 1002, 2048])
+def test_strips_are_whole_blocks_and_cover_a_row(groups: int, virtual: int) -> None:
+    for processors in (1, 20, 132, 160):
+        width = launch._strip_width(processors, groups, virtual)
+        assert width % (launch.BLOCK // launch.GROUP) == 0
+        assert 0 < width <= launch.STRIP

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ _ROOM = {"maxnreg": 248}
 # Contracting a * b + c would change the last bit against the specification.
 _OPTIONS = {"enable_fp_fusion": False}
 GROUP = 128
-STRIP = 256  # groups a program of the second launch looks over
+STRIP = 256  # groups a program of the second launch looks over at most
 BLOCK = 2048  # tokens it reads at a time; half of it with an attenuation, whose sources fill the registers
 FEW = 512
 CAPACITY = 2048
@@ -193,14 +194,16 @@ def _run_draw(
     )  # fmt: skip
     if not _may_filter(draw):
         return result
-    strips = triton.cdiv(shape.groups, STRIP)
+    width = _strip_width(_processors(device), shape.groups, virtual)
+    strips = triton.cdiv(shape.groups, width)
     refine_kernel[(strips, virtual)](
-        terms, draw, work, split, result, rows, shape.vocabulary, shape.groups, strips,
+        terms, draw, work, split, result, rows, shape.vocabulary, shape.groups, width, strips,
         RANK=rank, BLOCK=BLOCK if terms.biased is None else BLOCK // 2, GROUP=GROUP, STRIP=STRIP, FEW=min(FEW, shape.capacity),
         CAPACITY=shape.capacity, SUMMARY=summary, num_warps=8, **_ROOM, **_OPTIONS,
     )  # fmt: skip
     if shape.vocabulary > shape.capacity:
-        split_rows_kernel[(_programs(device, split_tiles, virtual),)](
+        programs = min(2 * _processors(device), split_tiles * virtual)
+        split_rows_kernel[(programs,)](
             terms, draw, work, split, result, rows, shape.vocabulary, split_tiles,
             RANK=rank, TILE=shape.split_tile, TILES=triton.next_power_of_2(split_tiles), CANDIDATES=candidates, SUMMARY=summary,
             num_warps=8, **_ROOM, **_OPTIONS,
@@ -214,10 +217,20 @@ def _may_filter(draw: Draw) -> bool:
     return any(tensor is not None for tensor in filters)
 
 
-def _programs(device: torch.device, tiles: int, virtual: int) -> int:
-    if device.type != "cuda":
-        return 2
-    return min(2 * torch.cuda.get_device_properties(device).multi_processor_count, tiles * virtual)
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere."""
+    return 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _strip_width(processors: int, groups: int, virtual: int) -> int:
+    """Groups that a program of the second launch looks over.
+
+    It reads them block by block, each time waiting for memory, so a few rows are spread over all multiprocessors; with many rows fewer,
+    longer programs have less to begin and to end.
+    """
+    blocks = triton.cdiv(groups * virtual * GROUP, 2 * processors * BLOCK)
+    return min(max(blocks, 1) * (BLOCK // GROUP), STRIP)
 
 
 def _candidates(

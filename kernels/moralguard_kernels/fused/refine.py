@@ -52,7 +52,7 @@ def _gather(
     return first
 
 
-@triton.jit(do_not_specialize=["rows"])  # else a batch of one, and one of 16, would be compiled anew
+@triton.jit(do_not_specialize=["rows", "width", "strips"])  # else a batch of one, and one of 16, would be compiled anew
 def refine_kernel(
     terms,
     draw,
@@ -62,6 +62,7 @@ def refine_kernel(
     rows,
     vocabulary,
     groups,
+    width,
     strips,
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,9 +72,10 @@ def refine_kernel(
     CAPACITY: tl.constexpr,
     SUMMARY: tl.constexpr,
 ):
-    """Grid (strips, R), a strip being STRIP groups, in blocks of BLOCK tokens of which few hold a token over the bound.
+    """Grid (strips, R), a strip being ``width`` groups, at most STRIP, in whole blocks of BLOCK tokens.
 
-    A row with up to FEW possible tokens is ended by a small copy of the code; one with more than CAPACITY is left to the third launch.
+    A row's result doesn't depend on the width: its survivors may come in any order. A row with up to FEW possible tokens is ended by a
+    small copy of the code; one with more than CAPACITY is left to the third launch.
     """
     strip, virtual = tl.program_id(0), tl.program_id(1)
     state = work.state + virtual * 4
@@ -84,9 +86,11 @@ def refine_kernel(
         candidates = candidates_of(draw, row, plain)
         if base_filtered | (candidates < 0):
             bound = tl.load(work.row + virtual * 8)
-            group = strip * STRIP + tl.arange(0, STRIP)
-            maxima = tl.load(work.group_max + virtual.to(tl.int64) * groups + group, mask=group < groups, other=float("-inf"))
-            touched = tl.where((maxima >= bound) & (group < groups), group // (BLOCK // GROUP), 0x7FFFFFFF)
+            each = tl.arange(0, STRIP)
+            group = strip * width + each
+            mine = (each < width) & (group < groups)
+            maxima = tl.load(work.group_max + virtual.to(tl.int64) * groups + group, mask=mine, other=float("-inf"))
+            touched = tl.where((maxima >= bound) & mine, group // (BLOCK // GROUP), 0x7FFFFFFF)
             block = tl.min(touched)
             while block < 0x7FFFFFFF:
                 before = _gather(
