@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -267,7 +268,8 @@ def cases(folder: Path) -> dict[str, Callable[[LanguageModel], Any]]:
     found["capture mistakes"] = capture_mistakes
     found["waits"] = waits_a_token(controls)
     found["fit on states"] = fitted_on_states
-    for kind in ("expert", "trigger", "prompt-tuning", "prefix-tuning", "contrastive"):
+    adapters = ("expert",) if find_spec("peft") else ()  # an extra's
+    for kind in (*adapters, "trigger", "prompt-tuning", "prefix-tuning", "contrastive"):
         found[f"fit {kind}"] = fitted(kind)
     return found
 
