@@ -11,6 +11,7 @@ its log and its results into OUT, and ends at its time limit with what it has.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -35,6 +36,14 @@ PARTS = {
 }
 
 
+def digest() -> str:
+    """Of the code that is tested and timed, so that a pack made earlier doesn't lend its commit to other code."""
+    found = hashlib.sha256()
+    for path in sorted(path for name in ("moralguard", "kernels", "benchmarks") for path in (ROOT / name).rglob("*.py")):
+        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def pack(folder: Path, python: str) -> None:
     """Fill the folder; needs the package and its constraints."""
     import torch
@@ -55,13 +64,16 @@ def pack(folder: Path, python: str) -> None:
     logits = real_logits(None)
     chosen = logits[torch.linspace(8, len(logits) - 1, POSITIONS).long()]
     save_file({"logits": chosen.to(torch.bfloat16).contiguous()}, folder / "logits.safetensors")
-    (folder / "commit").write_text(environment().get("commit", "unknown"))
+    (folder / "commit").write_text(f"{environment().get('commit', 'unknown')} {digest()}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB")
 
 
 def run(folder: Path, out: Path, parts: list[str], limit: float) -> int:
     """How many parts failed, or were stopped."""
+    if not (folder / "commit").is_file():
+        raise SystemExit(f"{folder} is no pack; make one with: python benchmarks/on_gpu.py pack {folder.name}")
+    commit, packed = (folder / "commit").read_text().split()
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     with tempfile.TemporaryDirectory() as packages:
@@ -71,7 +83,7 @@ def run(folder: Path, out: Path, parts: list[str], limit: float) -> int:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), packages]),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
-            "MORALGUARD_COMMIT": (folder / "commit").read_text(),
+            "MORALGUARD_COMMIT": commit if packed == digest() else f"{commit}+changed",
         }
         environment.pop("TRITON_INTERPRET", None)
         for name in parts:

@@ -1,6 +1,6 @@
-"""Everything that runs a model, on the CPU and then on a device that isn't there; prints one JSON line a case: here, there, error.
+"""Everything that runs a model, on the CPU and then on a device; prints one JSON line a case: here, there, error.
 
-python tests/on_pretend_device.py [CASE ...]
+python tests/on_device.py pretend | cuda [CASE ...]
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def capture_mistakes(lm: LanguageModel) -> Any:
 
 
 def waits_a_token(controls: dict[str, Control]) -> Callable[[LanguageModel], Any]:
-    """How often a step waits for the device, a control; nothing is told of the CPU, nor of a device that is there."""
+    """How often a step waits for the device beside the kernels, which are taken not to; nothing is told of the CPU, nor of CUDA."""
 
     def case(lm: LanguageModel) -> Any:
         found = {}

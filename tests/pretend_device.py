@@ -28,7 +28,6 @@ _MOVES = {"aten::_to_copy", "aten::to", "aten::copy_", "aten::type_as"}
 _WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
 _INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 
-
 _capturing = False
 WAITED: list[str] = []
 """Names of what had to wait for the device so far, as an answer is read in main memory, or copied to or from it."""
@@ -80,7 +79,7 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         before = len(WAITED)
         with _Everywhere():
             found = library._REFERENCES[op._schema.name.partition("::")[2]](*args, **kwargs)
-        del WAITED[before:]  # a kernel waits for nothing
+        del WAITED[before:]  # the kernels that stand here on a GPU launch and go on
         return found
     name, leaves = op._schema.name, tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -120,10 +119,6 @@ def capturing() -> Iterator[None]:
         yield
     finally:
         _capturing = False
-
-
-WAITED: list[str] = []
-"""Names of what had to wait for the device so far, as an answer is read in main memory, or copied to or from it."""
 
 
 @torch.library.impl(_library, "empty_strided", "PrivateUse1")

@@ -29,12 +29,10 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the package runs from, or as ``$MORALGUARD_COMMIT`` says where the files came alone; None where installed."""
-    if told_commit := os.environ.get("MORALGUARD_COMMIT"):
-        return told_commit
+    """Of the checkout that the package runs from; elsewhere as ``$MORALGUARD_COMMIT`` says, for files that travelled without it."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
-        return None
+        return os.environ.get("MORALGUARD_COMMIT")
     told = []
     for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "moralguard", "kernels"]):
         try:

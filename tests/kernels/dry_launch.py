@@ -1,4 +1,4 @@
-"""Launch the kernels through Triton's own launcher on a GPU that isn't there: all but the last call into the driver is real.
+"""Call the kernels for a GPU that isn't there: Triton tells the variants apart and compiles them; the launch itself does nothing.
 
 Prints one JSON line a batch size: how many variants of each kernel have been compiled by then.
 """
@@ -6,19 +6,17 @@ Prints one JSON line a batch size: how many variants of each kernel have been co
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+from compile_ahead import KERNELS  # first: it sees to it that Triton doesn't interpret
 
+# isort: split
 import torch
 import triton
 from problems import problem
 from triton.backends.compiler import GPUTarget
 
 from moralguard_kernels.fused import launch
-
-KERNELS = ("bound_kernel", "refine_kernel", "split_rows_kernel", "rectify_kernel", "score_kernel", "log_sums_kernel", "gumbel_kernel")
 
 
 class Utilities:
@@ -61,8 +59,8 @@ class Driver:
 
 
 def compiled(kernel: Any) -> int:
-    kept = kernel.device_caches[0]
-    return len(kept[0])
+    """Variants that Triton keeps of a kernel for device 0."""
+    return len(kernel.device_caches[0][0])
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def test_the_full_chain_compiles_without_spills() -> None:
 
 
 def test_no_batch_size_compiles_a_kernel_anew() -> None:
-    """Through Triton's own launcher: a server's first batch of 16 must not wait for a compiler."""
+    """As Triton itself tells variants apart: a server's first batch of 16 must not wait for a compiler."""
     program = Path(__file__).with_name("dry_launch.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-W", "ignore", str(program)], capture_output=True, text=True, env=environment, check=False)
